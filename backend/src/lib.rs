@@ -1,1 +1,6 @@
-//! placeholder
+//! The dmbridge daemon.
+
+pub mod hub;
+pub mod report;
+pub mod settings;
+pub mod socket;

@@ -1,0 +1,94 @@
+//! What the daemon tells of itself: the JSON of the control API (`docs/dmbridged.md`).
+//!
+//! A public interface: names stay, fields are only added. Every number says its unit in its name or is a count. Counters
+//! count from the moment that the device's front-end connected, and are for people, not for accounting.
+
+use serde::{Deserialize, Serialize};
+
+/// Everything.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of the daemon.
+    pub version: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// The fabric, as a number below 0xFF00.
+    pub fabric_id: u16,
+    /// The host's EID for SMC-Dv2.
+    pub system_eid: String,
+    /// Threads of the daemon. Their number does not depend on the number of devices.
+    pub threads: u32,
+    /// The memory of pool DMBs.
+    pub pool: PoolReport,
+    /// The devices, by name.
+    pub devices: Vec<DeviceReport>,
+}
+
+/// The memory of pool DMBs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolReport {
+    /// The most that all extents may take, in bytes.
+    pub max_bytes: u64,
+    /// What all extents take of it, in bytes: address space; memory is taken as it is written.
+    pub extent_bytes: u64,
+    /// Number of extents.
+    pub extents: u32,
+    /// Size of the pages, in bytes.
+    pub page_bytes: u64,
+}
+
+/// One device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// As configured, or `hub-<n>`.
+    pub name: String,
+    /// GID in hexadecimal.
+    pub gid: String,
+    /// The group that it belongs to.
+    pub group: String,
+    /// The front-end's process; absent while none is connected.
+    pub peer: Option<PeerReport>,
+    /// Whether the driver has started the device.
+    pub started: bool,
+    /// Whether the front-end can map, and the driver accepted it.
+    pub map: bool,
+    /// Whether the driver waits and wakes by futex.
+    pub futex: bool,
+    /// DMBs that it owns.
+    pub dmbs: u32,
+    /// Their sizes together, in bytes.
+    pub dmb_bytes: u64,
+    /// DMBs of others that it has attached.
+    pub attached: u32,
+    /// Extents in its window.
+    pub extents: u32,
+    /// Their sizes together, in bytes.
+    pub mapped_bytes: u64,
+    /// Moves that the device did for its driver.
+    pub moves: u64,
+    /// Moves that it refused.
+    pub moves_refused: u64,
+    /// Bytes that it moved, in bytes.
+    pub moved_bytes: u64,
+    /// Signals of this sender that rang: by the device, and as counted in the control lines of DMBs that it writes.
+    pub signals_sent: u64,
+    /// Signals that had no need to ring, counted likewise.
+    pub signals_suppressed: u64,
+    /// Events that wait for buffers of the event queue.
+    pub events_waiting: u32,
+    /// Control commands answered.
+    pub commands: u64,
+    /// `SHMEM_MAP` requests sent to the front-end.
+    pub map_requests: u64,
+    /// `SHMEM_UNMAP` requests sent to the front-end.
+    pub unmap_requests: u64,
+}
+
+/// The process at the other end of a device's socket.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerReport {
+    /// Process id; 0 if it is not visible from the daemon's PID namespace.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+}
