@@ -43,8 +43,10 @@ pub struct Config {
     pub max_move_size: U64,
     /// [`GRANULE`](crate::GRANULE).
     pub granule: U32,
+    /// How to copy into the window, by size: [`CopyPlan`](crate::shm::CopyPlan).
+    pub copy_plan: [u8; 16],
     /// Zero.
-    pub reserved: [u8; 20],
+    pub reserved: [u8; 4],
 }
 
 const _: () = assert!(size_of::<Config>() == CONFIG_SIZE);
