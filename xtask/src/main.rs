@@ -1,2 +1,168 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: the commands that the README names. Each says what it does, and, if it fails, what to do.
+
+mod run;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use run::{Step, cargo, cargo_is_installed};
+use std::path::PathBuf;
+
+/// Build, show, test, measure and check dmbridge.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Send real data between two isolated processes, by map and by move, and verify it.
+    Demo {
+        /// Passed on to `dmbridge demo`; see `dmbridge demo --help`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Run all tests.
+    Test {
+        /// Seconds for which each fuzz target runs; 0 only builds them.
+        #[arg(long, default_value_t = 5)]
+        fuzz_seconds: u32,
+        /// Passed on to `cargo test`: names of tests to run. The fuzz targets are then left out.
+        filter: Vec<String>,
+    },
+    /// Measure against what a process could use instead.
+    Bench {
+        /// Passed on to `dmbridge bench`; see `dmbridge bench --help`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Check formatting, lints, documentation and licences.
+    Lint,
+}
+
+fn main() -> std::process::ExitCode {
+    let result = match Cli::parse().task {
+        Task::Demo { args } => dmbridge("demo", &args),
+        Task::Bench { args } => dmbridge("bench", &args),
+        Task::Test { fuzz_seconds, filter } => test(fuzz_seconds, &filter),
+        Task::Lint => lint(),
+    };
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cargo xtask: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// Builds the daemon and the command, and runs the command.
+fn dmbridge(subcommand: &str, args: &[String]) -> Result<()> {
+    let binaries = build_release()?;
+    Step::new(format!("dmbridge {subcommand}"))
+        .run(std::process::Command::new(binaries.join("dmbridge")).arg(subcommand).args(args))
+}
+
+/// Builds what people run; says where it is.
+fn build_release() -> Result<PathBuf> {
+    Step::new("Building dmbridged and dmbridge (the first time takes some minutes)").run(cargo().args([
+        "build",
+        "--release",
+        "--package",
+        "dmbridged",
+        "--package",
+        "dmbridge-cli",
+    ]))?;
+    Ok(run::target_directory()?.join("release"))
+}
+
+fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
+    let binaries = build_release()?;
+    Step::new("Running the tests").run(
+        cargo()
+            .args(["test", "--workspace", "--all-features"])
+            .args(filter)
+            .env("DMBRIDGED", binaries.join("dmbridged"))
+            .env("DMBRIDGE", binaries.join("dmbridge")),
+    )?;
+    if filter.is_empty() {
+        fuzz(fuzz_seconds)?;
+    }
+    println!("\nAll tests passed.");
+    Ok(())
+}
+
+/// Builds the fuzz targets with coverage, and runs each for a while from its corpus.
+fn fuzz(seconds: u32) -> Result<()> {
+    let folder = run::workspace().join("proto/fuzz");
+    if !cargo_is_installed("fuzz") {
+        Step::new("Installing cargo-fuzz").run(cargo().args(["install", "--locked", "cargo-fuzz"]))?;
+    }
+    // libFuzzer's instrumentation is a compiler flag that the stable toolchain has but hides.
+    let cargo_fuzz = || {
+        let mut command = cargo();
+        command.arg("fuzz").env("RUSTC_BOOTSTRAP", "1").current_dir(run::workspace().join("proto"));
+        command
+    };
+    Step::new("Building the fuzz targets").run(cargo_fuzz().args(["build", "--sanitizer", "none"]))?;
+    for target in fuzz_targets(&folder)? {
+        if seconds > 0 {
+            Step::new(format!("Fuzzing {target} for {seconds} s")).run(
+                cargo_fuzz()
+                    .args(["run", "--sanitizer", "none", &target, "--"])
+                    .arg(format!("-max_total_time={seconds}"))
+                    .args(["-verbosity=0", "-rss_limit_mb=2048"]),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn fuzz_targets(folder: &std::path::Path) -> Result<Vec<String>> {
+    let targets = folder.join("fuzz_targets");
+    let mut names = Vec::new();
+    for entry in targets.read_dir().with_context(|| format!("reading {}", targets.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "rs")
+            && let Some(name) = path.file_stem()
+        {
+            names.push(name.to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn lint() -> Result<()> {
+    Step::new("Formatting").run(cargo().args(["fmt", "--all", "--check"]))?;
+    Step::new("Lints").run(cargo().args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--all-features",
+        "--",
+        "--deny",
+        "warnings",
+    ]))?;
+    Step::new("Documentation").run(
+        cargo()
+            .args(["doc", "--workspace", "--no-deps", "--all-features", "--document-private-items"])
+            .env("RUSTDOCFLAGS", "--deny warnings"),
+    )?;
+    if !cargo_is_installed("deny") {
+        Step::new("Installing cargo-deny").run(cargo().args(["install", "--locked", "cargo-deny"]))?;
+    }
+    // Advisories need the RustSec database, which is fetched from the network: `cargo deny check advisories`.
+    Step::new("Licences and sources").run(cargo().args([
+        "deny",
+        "--offline",
+        "--all-features",
+        "check",
+        "licenses",
+        "bans",
+        "sources",
+    ]))?;
+    println!("\nNothing to complain about.");
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! Running programs step by step, so that who watches knows what is going on.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+/// Something that is done, with a name for people.
+pub struct Step {
+    name: String,
+}
+
+impl Step {
+    /// A step; `name` starts with a capital and says what is done.
+    pub fn new(name: impl Into<String>) -> Step {
+        Step { name: name.into() }
+    }
+
+    /// Runs the command; fails, with the step's name, if the command does.
+    pub fn run(self, command: &mut Command) -> Result<()> {
+        eprintln!("==> {}", self.name);
+        let start = Instant::now();
+        let status = command
+            .status()
+            .with_context(|| format!("{}: could not start {:?}", self.name, command.get_program()))?;
+        if !status.success() {
+            bail!("{}: failed ({status}); what it printed above says why", self.name);
+        }
+        eprintln!("    {} s", start.elapsed().as_secs());
+        Ok(())
+    }
+}
+
+/// The cargo that runs this, in the workspace's folder.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace());
+    command
+}
+
+/// Whether `cargo NAME` exists.
+pub fn cargo_is_installed(name: &str) -> bool {
+    cargo()
+        .args([name, "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// The workspace's folder.
+pub fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
+}
+
+/// Where cargo puts what it builds.
+pub fn target_directory() -> Result<PathBuf> {
+    // The running program lies in TARGET/PROFILE.
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    program.ancestors().nth(2).map(Path::to_path_buf).context("finding cargo's target folder")
+}
