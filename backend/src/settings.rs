@@ -162,6 +162,16 @@ pub enum SettingsError {
     Nothing,
 }
 
+impl SettingsError {
+    /// The setting that is wrong, as the configuration file calls it; empty if it is not a single one.
+    pub fn key(&self) -> &'static str {
+        match self {
+            SettingsError::Value { key, .. } => key,
+            SettingsError::Twice { .. } | SettingsError::Nothing => "",
+        }
+    }
+}
+
 fn value<T: ToString>(key: &'static str, value: T, rule: impl Into<String>) -> SettingsError {
     SettingsError::Value { key, value: value.to_string(), rule: rule.into() }
 }
