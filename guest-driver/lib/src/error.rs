@@ -1,0 +1,104 @@
+//! What can go wrong in this crate, in words for the person who reads the message.
+
+use crate::proto::config::ConfigError;
+use crate::proto::control::{Command, ResponseError};
+use crate::proto::status::Status;
+use std::io;
+use std::path::PathBuf;
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Nobody listens at the path, or this user may not connect.
+    #[error("cannot connect to {path}: {source}; is dmbridged running, and may this user use its socket?")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// The vhost-user conversation failed.
+    #[error("vhost-user: {doing} failed: {source}")]
+    Vhost {
+        /// What was being done.
+        doing: &'static str,
+        /// The reason.
+        source: vhost::Error,
+    },
+    /// What listens there is not a dmbridge device, or one of another version.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The device does not offer what this driver needs.
+    #[error("the device does not offer {0}, without which this driver cannot use it")]
+    Missing(&'static str),
+    /// The device said no.
+    #[error("{command:?}: {status}")]
+    Refused {
+        /// The command.
+        command: Command,
+        /// The device's answer (`docs/device.md`, 6).
+        status: Status,
+    },
+    /// A move failed.
+    #[error("move: {0}")]
+    Move(Status),
+    /// The device broke its contract; the connection is given up.
+    #[error("the device broke its contract: {0}")]
+    Contract(&'static str),
+    /// The device answered a command with what is no answer.
+    #[error("the device broke its contract: {0}")]
+    Response(#[from] ResponseError),
+    /// The peer's device was reset or left (`DEVICE_GONE`). What it wrote before can still be read.
+    #[error("the peer's device is gone")]
+    PeerGone,
+    /// The daemon closed the connection or died. Mapped memory stays, nothing new can be asked.
+    #[error("the connection to the daemon is lost")]
+    Disconnected,
+    /// A device of a parent process: it works only in the process that connected it.
+    #[error("this device belongs to the parent process; connect one of your own after fork()")]
+    Forked,
+    /// Outside of a buffer.
+    #[error(transparent)]
+    OutOfBounds(#[from] OutOfBounds),
+    /// The operating system refused something.
+    #[error("cannot {doing}: {source}")]
+    Os {
+        /// What was being done.
+        doing: &'static str,
+        /// The reason.
+        source: io::Error,
+    },
+}
+
+/// An access that does not lie in a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{len} bytes at offset {offset} do not lie in a buffer of {size} bytes")]
+pub struct OutOfBounds {
+    /// Where the access would start, in bytes.
+    pub offset: usize,
+    /// Its length, in bytes.
+    pub len: usize,
+    /// The buffer's size, in bytes.
+    pub size: usize,
+}
+
+impl Error {
+    /// For `map_err`: the operating system refused to do this.
+    pub(crate) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Os { doing, source }
+    }
+
+    /// For `map_err`: nix's error instead of the standard library's.
+    pub(crate) fn errno(doing: &'static str) -> impl FnOnce(nix::Error) -> Error {
+        move |errno| Error::Os { doing, source: errno.into() }
+    }
+
+    /// The device's answer, if it was one.
+    pub fn status(&self) -> Option<Status> {
+        match self {
+            Error::Refused { status, .. } | Error::Move(status) => Some(*status),
+            _ => None,
+        }
+    }
+}

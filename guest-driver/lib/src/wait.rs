@@ -1,0 +1,265 @@
+//! Waiting: futexes, and how long to spin before one sleeps. Not for what is waited for.
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Who can wait on and wake a futex word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Scope {
+    /// Threads of this process.
+    Process,
+    /// Whoever maps the memory.
+    Host,
+}
+
+impl Scope {
+    fn flag(self) -> i32 {
+        match self {
+            Scope::Process => libc::FUTEX_PRIVATE_FLAG,
+            Scope::Host => 0,
+        }
+    }
+}
+
+/// Sleeps while `word` holds `value`, until woken or `deadline`. May return at any time for no reason.
+pub(crate) fn futex_wait(word: &AtomicU32, value: u32, scope: Scope, deadline: Option<Instant>) {
+    let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
+        Some(Duration::ZERO) => return,
+        Some(left) => Some(libc::timespec {
+            tv_sec: left.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+            tv_nsec: left.subsec_nanos().into(),
+        }),
+        None => None,
+    };
+    let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the word is a valid reference and `timeout` null or a local. Whatever the kernel answers, the caller looks
+    // again at what it waits for.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | scope.flag(), value, timeout) };
+}
+
+/// Wakes up to `count` who sleep on `word`.
+pub(crate) fn futex_wake(word: &AtomicU32, count: i32, scope: Scope) {
+    // SAFETY: the word is a valid reference; waking has no other effect than that sleepers look again.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | scope.flag(), count) };
+}
+
+/// Waits until one of the descriptors is readable or hung up, or `deadline`. Which one, is for the caller to find out.
+pub(crate) fn poll_readable(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
+    let events = PollFlags::POLLIN;
+    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, events)).collect();
+    let timeout = match deadline {
+        None => PollTimeout::NONE,
+        // Rounded up, because waiting less than asked for would make callers turn in circles.
+        Some(deadline) => deadline
+            .saturating_duration_since(Instant::now())
+            .saturating_add(Duration::from_micros(999))
+            .try_into()
+            .unwrap_or(PollTimeout::MAX),
+    };
+    match poll(&mut polled, timeout) {
+        Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The longest spin before a sleep unless the user says otherwise: about twice what a sleep and a wake-up cost.
+pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
+
+/// The budget grows from nothing to this at least.
+const SMALLEST_BUDGET: u64 = 2_000;
+/// So many spins in vain in a row, and spinning pauses.
+const PATIENCE: u32 = 8;
+/// The longest pause is 2 to this many waits.
+const LONGEST_PAUSE: u32 = 6;
+/// How long to look at the awaited thing between two looks at the clock, in nanoseconds.
+const BETWEEN_CLOCKS: u64 = 500;
+
+/// How long the waits of one buffer spin before they sleep: learned from how they ended, as the kernel's halt polling
+/// does, plus a pause if spinning is in vain although the waits are short, because then the awaited one needs the very
+/// CPU that spins.
+#[derive(Debug)]
+pub(crate) struct Spinner {
+    /// The most that a wait may spin, in nanoseconds.
+    max: AtomicU64,
+    /// What the next wait spins, in nanoseconds.
+    budget: AtomicU64,
+    /// Spins in vain in a row.
+    misses: AtomicU32,
+    /// Waits that will not spin.
+    pause: AtomicU32,
+}
+
+impl Spinner {
+    pub(crate) fn new(max: Duration) -> Spinner {
+        let spinner = Spinner {
+            max: AtomicU64::new(0),
+            budget: AtomicU64::new(0),
+            misses: AtomicU32::new(0),
+            pause: AtomicU32::new(0),
+        };
+        spinner.set_max(max);
+        spinner
+    }
+
+    /// Sets the longest spin, and starts learning anew. On a machine with one CPU nothing ever spins.
+    pub(crate) fn set_max(&self, max: Duration) {
+        let max = if one_cpu() { 0 } else { u64::try_from(max.as_nanos()).unwrap_or(u64::MAX) };
+        self.max.store(max, Ordering::Relaxed);
+        self.budget.store(max, Ordering::Relaxed);
+        self.misses.store(0, Ordering::Relaxed);
+        self.pause.store(0, Ordering::Relaxed);
+    }
+
+    /// Spins until `ready`, the budget is spent, `deadline`, or `give_up`, which is asked now and then. Returns whether
+    /// it was ready.
+    pub(crate) fn spin(
+        &self,
+        deadline: Option<Instant>,
+        mut ready: impl FnMut() -> bool,
+        give_up: impl Fn() -> bool,
+    ) -> bool {
+        let budget = self.budget.load(Ordering::Relaxed);
+        if budget == 0 {
+            return false;
+        }
+        let pause = self.pause.load(Ordering::Relaxed);
+        if pause != 0 {
+            self.pause.store(pause - 1, Ordering::Relaxed);
+            return false;
+        }
+        // The first looks come before the first clock: most waits of two pollers end here.
+        let mut looks = 16u64;
+        let mut start = None;
+        loop {
+            for _ in 0..looks {
+                if ready() {
+                    self.misses.store(0, Ordering::Relaxed);
+                    return true;
+                }
+            }
+            let now = Instant::now();
+            let start = *start.get_or_insert(now);
+            let spent = u64::try_from((now - start).as_nanos()).unwrap_or(u64::MAX);
+            if spent >= budget || deadline.is_some_and(|d| now >= d) || give_up() {
+                break;
+            }
+            if spent < BETWEEN_CLOCKS / 2 {
+                looks = (looks * 2).min(1024);
+            } else if spent > BETWEEN_CLOCKS * 8 && looks > 16 {
+                looks /= 2;
+            }
+            std::hint::spin_loop();
+        }
+        self.misses.store(self.misses.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
+        false
+    }
+
+    /// Learns from a wait that had to sleep and took this long in all.
+    pub(crate) fn slept(&self, total: Duration) {
+        let max = self.max.load(Ordering::Relaxed);
+        if max == 0 {
+            return;
+        }
+        let budget = self.budget.load(Ordering::Relaxed);
+        let next = if u64::try_from(total.as_nanos()).unwrap_or(u64::MAX) <= max {
+            budget.saturating_mul(2).clamp(SMALLEST_BUDGET.min(max), max)
+        } else if budget / 2 < SMALLEST_BUDGET {
+            0
+        } else {
+            budget / 2
+        };
+        self.budget.store(next, Ordering::Relaxed);
+        let misses = self.misses.load(Ordering::Relaxed);
+        if misses >= PATIENCE && self.pause.load(Ordering::Relaxed) == 0 {
+            self.pause.store(1 << (misses - PATIENCE).min(LONGEST_PAUSE), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Whether the machine has one CPU only. A thread that is bound to one CPU still spins: others run elsewhere.
+fn one_cpu() -> bool {
+    static ONE: OnceLock<bool> = OnceLock::new();
+    *ONE.get_or_init(|| {
+        let cpus = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN);
+        matches!(cpus, Ok(Some(1)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spinner(max_us: u64) -> Spinner {
+        let spinner = Spinner::new(Duration::ZERO);
+        // Not by `set_max`, whose result depends on the machine.
+        spinner.max.store(max_us * 1000, Ordering::Relaxed);
+        spinner.budget.store(max_us * 1000, Ordering::Relaxed);
+        spinner
+    }
+
+    #[test]
+    fn a_zero_budget_never_looks() {
+        assert!(!Spinner::new(Duration::ZERO).spin(None, || panic!("looked"), || false));
+    }
+
+    #[test]
+    fn what_is_ready_is_seen_and_the_budget_stays() {
+        let spinner = spinner(50);
+        let mut looks = 0;
+        assert!(spinner.spin(
+            None,
+            || {
+                looks += 1;
+                looks == 10
+            },
+            || false
+        ));
+        assert_eq!(spinner.budget.load(Ordering::Relaxed), 50_000);
+    }
+
+    #[test]
+    fn long_waits_end_spinning_and_short_ones_bring_it_back() {
+        let spinner = spinner(50);
+        for _ in 0..10 {
+            spinner.slept(Duration::from_millis(1));
+        }
+        assert!(!spinner.spin(None, || panic!("looked"), || false));
+        spinner.slept(Duration::from_micros(10));
+        assert!(spinner.spin(None, || true, || false));
+        for _ in 0..10 {
+            spinner.slept(Duration::from_micros(10));
+        }
+        assert_eq!(spinner.budget.load(Ordering::Relaxed), 50_000);
+    }
+
+    #[test]
+    fn spins_that_are_always_in_vain_pause() {
+        let spinner = spinner(1);
+        let mut spun = 0;
+        for _ in 0..1000 {
+            let mut looked = false;
+            spinner.spin(
+                None,
+                || {
+                    looked = true;
+                    false
+                },
+                || true,
+            );
+            spun += u32::from(looked);
+            spinner.slept(Duration::from_nanos(900));
+        }
+        assert!(spun < 50, "{spun} of 1000 waits spun");
+    }
+
+    #[test]
+    fn a_futex_with_another_value_does_not_sleep() {
+        let word = AtomicU32::new(1);
+        futex_wait(&word, 0, Scope::Process, None);
+        futex_wait(&word, 1, Scope::Host, Some(Instant::now()));
+    }
+}
