@@ -52,6 +52,12 @@ pub enum Error {
     /// The peer's device was reset or left (`DEVICE_GONE`). What it wrote before can still be read.
     #[error("the peer's device is gone")]
     PeerGone,
+    /// The other end of a stream closed it.
+    #[error("the other end has closed the stream")]
+    Closed,
+    /// The other end of a stream broke SMC-D's protocol; the stream is of no use any more.
+    #[error(transparent)]
+    Protocol(#[from] crate::proto::smc::ring::CursorViolation),
     /// The daemon closed the connection or died. Mapped memory stays, nothing new can be asked.
     #[error("the connection to the daemon is lost")]
     Disconnected,
@@ -81,6 +87,19 @@ pub struct OutOfBounds {
     pub len: usize,
     /// The buffer's size, in bytes.
     pub size: usize,
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> io::Error {
+        let kind = match &error {
+            Error::Os { source, .. } | Error::Connect { source, .. } => source.kind(),
+            Error::Closed => io::ErrorKind::BrokenPipe,
+            Error::PeerGone | Error::Disconnected | Error::Protocol(_) => io::ErrorKind::ConnectionReset,
+            Error::OutOfBounds(_) => io::ErrorKind::InvalidInput,
+            _ => io::ErrorKind::Other,
+        };
+        io::Error::new(kind, error)
+    }
 }
 
 impl Error {

@@ -6,6 +6,7 @@ mod dmb;
 mod error;
 mod mapping;
 mod shared;
+pub mod stream;
 mod wait;
 
 pub use dmb::{Dmb, RemoteDmb};

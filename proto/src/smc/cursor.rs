@@ -26,10 +26,10 @@ impl Cursor {
     }
 
     /// How many bytes `later` is ahead of this cursor in a ring of `size` bytes: 0 to `size`. `None` if it is not: then
-    /// whoever wrote `later` breaks the protocol.
+    /// whoever wrote one of them breaks the protocol.
     #[inline]
     pub const fn distance(self, later: Cursor, size: u32) -> Option<u32> {
-        if later.count >= size {
+        if self.count >= size || later.count >= size {
             return None;
         }
         if later.wrap == self.wrap {
@@ -64,6 +64,9 @@ mod tests {
         let here = Cursor { wrap: 5, count: 10 };
         for (wrap, count) in [(5, 9), (5, 64), (6, 11), (7, 0), (4, 10), (5, u32::MAX), (6, 64)] {
             assert_eq!(here.distance(Cursor { wrap, count }, 64), None, "{wrap} {count}");
+        }
+        for (wrap, count) in [(5, 11), (4, 9), (5, u32::MAX), (4, 64), (4, u32::MAX)] {
+            assert_eq!(Cursor { wrap, count }.distance(here, 64), None, "{wrap} {count}");
         }
     }
 }
