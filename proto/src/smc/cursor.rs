@@ -65,6 +65,9 @@ mod tests {
         for (wrap, count) in [(5, 9), (5, 64), (6, 11), (7, 0), (4, 10), (5, u32::MAX), (6, 64)] {
             assert_eq!(here.distance(Cursor { wrap, count }, 64), None, "{wrap} {count}");
         }
+        for (wrap, count) in [(4, 64), (4, 70), (4, u32::MAX), (5, 64)] {
+            assert_eq!(Cursor { wrap, count }.distance(here, 64), None, "{wrap} {count}");
+        }
         for (wrap, count) in [(5, 11), (4, 9), (5, u32::MAX), (4, 64), (4, u32::MAX)] {
             assert_eq!(Cursor { wrap, count }.distance(here, 64), None, "{wrap} {count}");
         }
