@@ -1,2 +1,56 @@
-//! placeholder
-fn main() {}
+//! The `dmbridge` command: what a person types on the host.
+//!
+//! Here are the command line and the exit codes, nothing else: 0 when it worked, 1 when it failed, 2 when the command
+//! line was wrong.
+
+mod bench;
+mod daemon;
+mod demo;
+mod devices;
+mod process;
+mod scratch;
+mod usage;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Shared memory between isolated programs: show it, measure it, look at it.
+#[derive(Parser)]
+#[command(name = "dmbridge", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Send real files between two isolated devices, by map and by move, and check every byte
+    Demo(demo::Args),
+    /// Measure latency, rates and bandwidth against what a process could use instead, and against the machine's limits
+    Bench(bench::Args),
+    /// List the devices that a daemon serves, with what each has and did
+    Devices(devices::Args),
+    /// One of the two processes of a measurement
+    #[command(hide = true, name = bench::WORKER)]
+    BenchWorker(bench::WorkerArgs),
+    /// One of the two processes of the demo
+    #[command(hide = true, name = demo::WORKER)]
+    DemoWorker(demo::WorkerArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo(args) => demo::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Devices(args) => devices::run(args),
+        Command::BenchWorker(args) => bench::work(args),
+        Command::DemoWorker(args) => demo::work(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dmbridge: {error:#}");
+            if error.is::<usage::UsageError>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! The cases, each written once over the traits of [`transport`](super::transport).
+
+pub mod pingpong;
+pub mod produce;
+pub mod scale;
+pub mod stream;
+pub mod transfer;
+
+/// First byte, or word, of every message: what the receiver does with it.
+pub mod phase {
+    /// Forget it.
+    pub const WARM_UP: u8 = 0;
+    /// Count it.
+    pub const MEASURE: u8 = 1;
+    /// Count it, and stop.
+    pub const LAST: u8 = 2;
+}

@@ -1,0 +1,68 @@
+//! One message there, one back: latency, and the rate of requests.
+//!
+//! The value is the mean over many round trips with no clock in between. Single round trips are timed in another
+//! phase, with the processor's own counter, for the distribution.
+
+use anyhow::Result;
+use std::time::{Duration, Instant};
+
+use super::phase;
+use crate::bench::measure::{Outcome, Samples, Ticker, ticks};
+use crate::bench::transport::Duplex;
+use crate::bench::worker::{Role, Worker};
+
+/// Plays A's or B's part. The value is in nanoseconds per round trip.
+pub fn run<D: Duplex>(worker: &mut Worker, end: &mut D, bytes: usize) -> Result<Option<Outcome>> {
+    let mut message = vec![phase::WARM_UP; bytes];
+    worker.rendezvous.meet()?;
+    let outcome = match worker.role {
+        Role::A => Some(ask(end, &mut message, worker.job.duration)?),
+        Role::B => {
+            while message[0] != phase::LAST {
+                end.receive(&mut message)?;
+                end.send(&message)?;
+            }
+            None
+        }
+    };
+    worker.rendezvous.meet()?;
+    Ok(outcome)
+}
+
+fn ask<D: Duplex>(end: &mut D, message: &mut [u8], duration: Duration) -> Result<Outcome> {
+    let ticker = Ticker::calibrate();
+    let mut round_trip = |end: &mut D| end.send(message).and_then(|()| end.receive(message));
+
+    // Warm up, and learn how many round trips fit in the rest.
+    let start = Instant::now();
+    let mut warm = 0u32;
+    while start.elapsed() < duration / 5 {
+        for _ in 0..1 + warm / 8 {
+            round_trip(end)?;
+            warm += 1;
+        }
+    }
+    let each = start.elapsed() / warm;
+
+    let count = (duration.as_secs_f64() * 0.6 / each.as_secs_f64()).ceil().max(1.0);
+    let start = Instant::now();
+    for _ in 0..count as u64 {
+        round_trip(end)?;
+    }
+    let value = start.elapsed().as_nanos() as f64 / count;
+
+    let mut samples = Samples::new();
+    let (first, mut before, mut passed) = (ticks(), ticks(), 0);
+    while passed < duration.as_nanos() as u64 / 5 {
+        round_trip(end)?;
+        let now = ticks();
+        samples.record(ticker.nanoseconds(before, now));
+        passed = ticker.nanoseconds(first, now);
+        before = ticks();
+    }
+
+    message[0] = phase::LAST;
+    end.send(message)?;
+    end.receive(message)?;
+    Ok(Outcome { value, samples: samples.to_pairs() })
+}

@@ -1,0 +1,1 @@
+//! One daemon with more and more devices.

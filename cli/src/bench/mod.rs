@@ -1,0 +1,262 @@
+//! `dmbridge bench`: what it costs to send bytes from process to process, by this project, by what a process could
+//! use instead, and by the machine itself at its limit.
+//!
+//! | module | subject |
+//! | --- | --- |
+//! | [`plan`] | cases, transports, and which pairs make sense |
+//! | [`pair`], [`worker`], [`rendezvous`] | the two processes of a measurement |
+//! | [`case`] | what they do |
+//! | [`transport`] | over what |
+//! | [`measure`] | clocks and samples |
+//! | [`machine`], [`report`] | what it ran on, and how results are shown |
+
+mod case;
+mod copy;
+mod machine;
+mod measure;
+mod pair;
+mod plan;
+mod rendezvous;
+mod report;
+mod shared;
+mod transport;
+mod tune;
+mod worker;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use crate::daemon::Daemon;
+use crate::process::find_program;
+use crate::scratch::Scratch;
+use crate::usage::usage;
+use machine::Machine;
+use measure::Outcome;
+use plan::{Case, Job, Line, RingShape, Transport, Work};
+use report::{Measured, Run, html, json, table};
+
+/// Name of the hidden subcommand.
+pub const WORKER: &str = "bench-worker";
+
+/// What `dmbridge bench` is asked for.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Write the results as JSON ("-": to standard output, in place of the table)
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the results as one self-contained page with plots; measures the sweep over sizes too
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Measure only these cases (repeat, or separate by commas)
+    #[arg(long = "case", value_name = "CASE", value_delimiter = ',')]
+    cases: Vec<Case>,
+    /// Measure only these transports (repeat, or separate by commas)
+    #[arg(long = "transport", value_name = "TRANSPORT", value_delimiter = ',')]
+    transports: Vec<Transport>,
+    /// How often each is measured; the result is the median
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// See that everything works, in seconds: the figures mean little
+    #[arg(long)]
+    quick: bool,
+}
+
+/// What one of the two processes of a measurement is told.
+#[derive(clap::Args)]
+pub struct WorkerArgs {
+    /// Which of the two it is.
+    role: worker::Role,
+    /// The job, as JSON.
+    job: String,
+}
+
+/// One of the two processes of a measurement.
+pub fn work(args: WorkerArgs) -> Result<()> {
+    worker::run(args)
+}
+
+/// Measures, and shows the results.
+pub fn run(args: Args) -> Result<()> {
+    let cases = if args.cases.is_empty() { default_cases(args.html.is_some()) } else { args.cases.clone() };
+    let transports = choose_transports(&args.transports)?;
+    let lines = plan::lines(&cases, &transports);
+    refuse_nonsense(&args, &lines)?;
+
+    let mut run = Run { machine: Machine::look()?, results: Vec::new() };
+    let mut bench = Bench::new(&args, &run.machine, &lines)?;
+    bench.measure(&mut run, &lines)?;
+
+    if let Some(file) = &args.json {
+        json::write(&run, file)?;
+    }
+    if let Some(file) = &args.html {
+        html::write(&run, file)?;
+    }
+    if args.json.as_deref() != Some(Path::new("-")) {
+        print!("{}", table::text(&run));
+    }
+    Ok(())
+}
+
+/// All but the sweep, which only a picture shows.
+fn default_cases(picture: bool) -> Vec<Case> {
+    Case::value_variants().iter().copied().filter(|case| picture || *case != Case::Sweep).collect()
+}
+
+/// The transports asked for, or all that this machine has.
+fn choose_transports(asked: &[Transport]) -> Result<Vec<Transport>> {
+    let missing = |transport| match transport {
+        Transport::Ucx if find_program("ucx_perftest").is_none() => {
+            Some("ucx is left out: ucx_perftest is not installed (Debian: ucx-utils)")
+        }
+        Transport::Iceoryx2 if cfg!(not(feature = "iceoryx2")) => {
+            Some("iceoryx2 is left out: this program was built without its feature `iceoryx2`")
+        }
+        _ => None,
+    };
+    if let Some(sentence) = asked.iter().find_map(|t| missing(*t)) {
+        return Err(usage(sentence));
+    }
+    if !asked.is_empty() {
+        return Ok(asked.to_vec());
+    }
+    let all = Transport::value_variants().iter().copied();
+    Ok(all.filter(|t| missing(*t).inspect(|sentence| eprintln!("{sentence}")).is_none()).collect())
+}
+
+/// Refuses a case or a transport that was asked for by name and can be combined with nothing else that was.
+fn refuse_nonsense(args: &Args, lines: &[Line]) -> Result<()> {
+    let names = |transports: &[Transport]| transports.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
+    for case in args.cases.iter().filter(|case| case.work().is_some()) {
+        if !lines.iter().any(|line| line.name == case.name()) {
+            let asked = names(&args.transports);
+            return Err(usage(format!("{} says nothing over {asked}; choose another transport for it", case.name())));
+        }
+    }
+    for transport in &args.transports {
+        let scale = transport.is_ours() && args.cases.contains(&Case::Scale);
+        if !scale && !lines.iter().any(|line| line.transports.contains(transport)) {
+            let cases: Vec<_> = args.cases.iter().map(|case| case.name()).collect();
+            return Err(usage(format!(
+                "{} says nothing in {}; choose another case for it",
+                transport.name(),
+                cases.join(", ")
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A run in progress.
+struct Bench {
+    scratch: Scratch,
+    daemon: Option<Daemon>,
+    rounds: u32,
+    duration: Duration,
+    cpus: [usize; 2],
+    progress: Progress,
+}
+
+impl Bench {
+    fn new(args: &Args, machine: &Machine, lines: &[Line]) -> Result<Bench> {
+        let scratch = Scratch::new(transport::remove_leftovers)?;
+        let ours = lines.iter().flat_map(|line| &line.transports).any(|t| t.is_ours());
+        let daemon = ours.then(|| Daemon::start(&scratch)).transpose()?;
+        Ok(Bench {
+            scratch,
+            daemon,
+            rounds: args.rounds,
+            duration: if args.quick { Duration::from_millis(20) } else { Duration::from_millis(300) },
+            cpus: machine.cpus_used,
+            progress: Progress::new(lines, args.rounds),
+        })
+    }
+
+    /// Measures every line, its transports in turn, round by round.
+    fn measure(&mut self, run: &mut Run, lines: &[Line]) -> Result<()> {
+        let ring = self.tune(lines)?;
+        run.machine.ring = ring;
+        for line in lines {
+            let mut found: Vec<Vec<Outcome>> = line.transports.iter().map(|_| Vec::new()).collect();
+            for round in 0..self.rounds {
+                for (transport, outcomes) in line.transports.iter().zip(&mut found) {
+                    self.progress.show(&line.name, *transport);
+                    let duration = if line.point { self.duration / 6 } else { self.duration };
+                    let job = self.job(line.work, *transport, duration, ring.unwrap_or(tune::START));
+                    let what = || format!("{} over {}, round {}", line.name, transport.name(), round + 1);
+                    outcomes.push(pair::run(&job).with_context(what)?);
+                }
+            }
+            for (transport, outcomes) in line.transports.iter().zip(&found) {
+                let measured = Measured::from_rounds(&line.name, *transport, line.work, line.unit, outcomes);
+                run.results.push(measured);
+            }
+        }
+        self.progress.finish();
+        Ok(())
+    }
+
+    /// The best ring, if one is measured.
+    fn tune(&mut self, lines: &[Line]) -> Result<Option<RingShape>> {
+        if !lines.iter().any(|line| line.transports.contains(&Transport::Ring)) {
+            return Ok(None);
+        }
+        let work = Work::Stream { bytes: 64 << 10 };
+        let shape = tune::best_ring(|shape| {
+            let job = self.job(work, Transport::Ring, self.duration / 3, shape);
+            Ok(pair::run(&job).context("search for the best ring")?.value)
+        })?;
+        Ok(Some(shape))
+    }
+
+    fn job(&self, work: Work, transport: Transport, duration: Duration, ring: RingShape) -> Job {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        Job {
+            work,
+            transport,
+            duration,
+            cpus: self.cpus,
+            folder: self.scratch.path().to_owned(),
+            hub: self.daemon.as_ref().map(|daemon| daemon.hub().clone()),
+            ring,
+            name: format!("m{}", COUNT.fetch_add(1, Ordering::Relaxed)),
+        }
+    }
+}
+
+/// Tells a person how far it is: a bar on a terminal, else a line per case.
+struct Progress {
+    bar: ProgressBar,
+    case: String,
+}
+
+impl Progress {
+    fn new(lines: &[Line], rounds: u32) -> Progress {
+        let runs: usize = lines.iter().map(|line| line.transports.len()).sum();
+        let bar = ProgressBar::new(runs as u64 * u64::from(rounds));
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {elapsed} of {duration}  {msg}") {
+            bar.set_style(style);
+        }
+        Progress { bar, case: String::new() }
+    }
+
+    fn show(&mut self, case: &str, transport: Transport) {
+        self.bar.inc(1);
+        self.bar.set_message(format!("{case} over {}", transport.name()));
+        if self.case != case {
+            self.case = case.to_owned();
+            if !std::io::stderr().is_terminal() {
+                eprintln!("{case}");
+            }
+        }
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}

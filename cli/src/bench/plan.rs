@@ -1,0 +1,311 @@
+//! What is measured: the cases, over which transports, and which pairs of them make sense.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::copy::CopyKernel;
+
+/// A question that the benchmark answers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, ValueEnum)]
+pub enum Case {
+    /// One-way latency of a 14-byte message while both sides poll
+    #[value(name = "latency-14")]
+    Latency14,
+    /// One-way latency of a 14-byte message to a receiver that sleeps
+    #[value(name = "latency-14-sleep")]
+    Latency14Sleep,
+    /// 100-byte requests answered by 100 bytes, one at a time
+    #[value(name = "rate-100")]
+    Rate100,
+    /// A stream of 64 KiB writes, copied in by the sender and out by the receiver
+    #[value(name = "stream-64k")]
+    Stream64k,
+    /// A stream whose every byte the sender generates and the receiver reads, in pieces of 64 KiB
+    #[value(name = "produce-64k")]
+    Produce64k,
+    /// One-way transfers of 1 MiB, several at a time, into memory of the receiver
+    #[value(name = "move-1m")]
+    Move1m,
+    /// One-way transfers of 64 bytes, several at a time, into memory of the receiver
+    #[value(name = "move-64")]
+    Move64,
+    /// One daemon with 1, 10, 100 and 1,000 devices
+    #[value(name = "scale")]
+    Scale,
+    /// Latency and throughput for sizes from 1 B to 16 MiB (always measured for --html)
+    #[value(name = "sweep")]
+    Sweep,
+}
+
+/// What carries the bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// DMBs that both sides have mapped; one copy in, one copy out
+    DmbridgeMap,
+    /// The same, written and read in place: no copy
+    DmbridgeInplace,
+    /// DMBs that the device copies into
+    DmbridgeMove,
+    /// TCP over the loopback interface, TCP_NODELAY
+    Tcp,
+    /// UNIX stream sockets
+    Uds,
+    /// Pipes
+    Pipe,
+    /// iceoryx2: publish and subscribe over shared memory, zero copy
+    Iceoryx2,
+    /// UCX over shared memory and CMA, measured by ucx_perftest
+    Ucx,
+    /// Limit: one core copies the same bytes
+    Memcpy,
+    /// Limit: a bare ring between two cores, at its best size
+    Ring,
+    /// Limit: one cache line handed from core to core
+    Cacheline,
+}
+
+/// How a side waits for the other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Wait {
+    /// It looks again and again and never sleeps.
+    Poll,
+    /// It sleeps at once.
+    Sleep,
+    /// As the transport does when nobody tells it otherwise.
+    Normal,
+}
+
+/// What two processes do to measure.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Work {
+    /// One message there, one back, again and again.
+    PingPong {
+        /// Size of each message.
+        bytes: usize,
+        /// How both wait.
+        wait: Wait,
+    },
+    /// Messages one way, as fast as they go.
+    Stream {
+        /// Size of each message.
+        bytes: usize,
+    },
+    /// As `Stream`, with contents made for every message and read at the other end.
+    Produce {
+        /// Size of each message, a multiple of 8.
+        bytes: usize,
+    },
+    /// Transfers into memory of the receiver, which does nothing.
+    Move {
+        /// Size of each transfer.
+        bytes: usize,
+    },
+}
+
+/// What a figure is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unit {
+    /// Nanoseconds one way: half a round trip.
+    Nanoseconds,
+    /// Round trips, or transfers, per second.
+    PerSecond,
+    /// 10⁹ bytes per second.
+    GigabytesPerSecond,
+}
+
+impl Unit {
+    /// As written in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Unit::Nanoseconds => "ns",
+            Unit::PerSecond => "1/s",
+            Unit::GigabytesPerSecond => "GB/s",
+        }
+    }
+
+    /// Whether less is better.
+    pub fn less_is_better(self) -> bool {
+        self == Unit::Nanoseconds
+    }
+}
+
+/// How the bare ring is built when it is at its best on this machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RingShape {
+    /// Size of the ring, a power of two.
+    pub bytes: usize,
+    /// The sender shows its progress after so many bytes.
+    pub step: usize,
+    /// What copies.
+    pub copy: CopyKernel,
+}
+
+/// One measurement, as the two processes are told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    /// What to do.
+    pub work: Work,
+    /// Over what.
+    pub transport: Transport,
+    /// For how long to measure, after the warm-up.
+    pub duration: Duration,
+    /// The CPU of each process.
+    pub cpus: [usize; 2],
+    /// A folder for this run's files.
+    pub folder: PathBuf,
+    /// The daemon's hub.
+    pub hub: Option<PathBuf>,
+    /// The ring.
+    pub ring: RingShape,
+    /// A name that no other measurement has.
+    pub name: String,
+}
+
+/// A line of the results: work over every transport that makes sense.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// The case's name in the results.
+    pub name: String,
+    /// What is done.
+    pub work: Work,
+    /// How the figure is expressed.
+    pub unit: Unit,
+    /// Over what.
+    pub transports: Vec<Transport>,
+    /// Whether it is one of many points of a curve, measured more briefly.
+    pub point: bool,
+}
+
+impl Case {
+    /// The name on the command line and in results.
+    pub fn name(self) -> String {
+        name_of(&self)
+    }
+
+    /// What the case measures; `None` for those that are not one measurement.
+    pub fn work(self) -> Option<(Work, Unit)> {
+        Some(match self {
+            Case::Latency14 => (Work::PingPong { bytes: 14, wait: Wait::Poll }, Unit::Nanoseconds),
+            Case::Latency14Sleep => (Work::PingPong { bytes: 14, wait: Wait::Sleep }, Unit::Nanoseconds),
+            Case::Rate100 => (Work::PingPong { bytes: 100, wait: Wait::Normal }, Unit::PerSecond),
+            Case::Stream64k => (Work::Stream { bytes: 64 << 10 }, Unit::GigabytesPerSecond),
+            Case::Produce64k => (Work::Produce { bytes: 64 << 10 }, Unit::GigabytesPerSecond),
+            Case::Move1m => (Work::Move { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
+            Case::Move64 => (Work::Move { bytes: 64 }, Unit::PerSecond),
+            Case::Scale | Case::Sweep => return None,
+        })
+    }
+}
+
+impl Transport {
+    /// The name on the command line and in results.
+    pub fn name(self) -> String {
+        name_of(&self)
+    }
+
+    /// Whether it needs the daemon.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Transport::DmbridgeMap | Transport::DmbridgeInplace | Transport::DmbridgeMove)
+    }
+
+    /// Whether it is a limit of the machine rather than something that a program could use.
+    pub fn is_limit(self) -> bool {
+        matches!(self, Transport::Memcpy | Transport::Ring | Transport::Cacheline)
+    }
+
+    /// Whether the work can be done over the transport, and says something.
+    pub fn can_do(self, work: Work) -> bool {
+        use Transport::*;
+        match work {
+            Work::PingPong { wait: Wait::Poll, bytes } => match self {
+                DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Ring => true,
+                Cacheline => bytes <= 56,
+                DmbridgeInplace | Memcpy => false,
+            },
+            Work::PingPong { .. } => {
+                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx)
+            }
+            Work::Stream { .. } => {
+                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Ring | Memcpy)
+            }
+            Work::Produce { .. } => matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Ring),
+            Work::Move { .. } => matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Ucx | Memcpy),
+        }
+    }
+}
+
+/// The sizes of the sweep: 1 B to 16 MiB.
+pub fn sweep_sizes() -> impl Iterator<Item = usize> {
+    (0..=12).map(|n| 1usize << (2 * n))
+}
+
+/// What has to be measured for these cases over these transports.
+pub fn lines(cases: &[Case], transports: &[Transport]) -> Vec<Line> {
+    let line = |name: String, work: Work, unit: Unit, point: bool| Line {
+        name,
+        work,
+        unit,
+        transports: transports.iter().copied().filter(|t| t.can_do(work)).collect(),
+        point,
+    };
+    let mut all = Vec::new();
+    for case in cases {
+        if let Some((work, unit)) = case.work() {
+            all.push(line(case.name(), work, unit, false));
+        } else if *case == Case::Sweep {
+            for bytes in sweep_sizes() {
+                let latency = Work::PingPong { bytes, wait: Wait::Poll };
+                let mut point = line(format!("sweep-latency-{bytes}"), latency, Unit::Nanoseconds, true);
+                // A cache line has one size: as a curve it would only be a line of noise.
+                point.transports.retain(|t| *t != Transport::Cacheline);
+                all.push(point);
+                let stream = Work::Stream { bytes };
+                all.push(line(format!("sweep-stream-{bytes}"), stream, Unit::GigabytesPerSecond, true));
+            }
+        }
+    }
+    all.retain(|line| !line.transports.is_empty());
+    all
+}
+
+fn name_of<T: ValueEnum>(value: &T) -> String {
+    value.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_names_are_those_of_the_results() {
+        assert_eq!(Case::Latency14Sleep.name(), "latency-14-sleep");
+        assert_eq!(Case::Move1m.name(), "move-1m");
+        assert_eq!(Transport::DmbridgeInplace.name(), "dmbridge-inplace");
+        assert_eq!(Transport::Iceoryx2.name(), "iceoryx2");
+    }
+
+    #[test]
+    fn only_pairs_that_make_sense_are_planned() {
+        let lines = lines(Case::value_variants(), &[Transport::Cacheline, Transport::Memcpy]);
+        let pairs: Vec<_> =
+            lines.iter().filter(|l| !l.point).map(|l| (l.name.as_str(), l.transports.as_slice())).collect();
+        assert_eq!(
+            pairs,
+            [
+                ("latency-14", [Transport::Cacheline].as_slice()),
+                ("stream-64k", &[Transport::Memcpy]),
+                ("move-1m", &[Transport::Memcpy]),
+                ("move-64", &[Transport::Memcpy]),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_sweep_goes_from_one_byte_to_sixteen_mebibytes() {
+        let sizes: Vec<_> = sweep_sizes().collect();
+        assert_eq!((sizes.len(), sizes[0], sizes[12]), (13, 1, 16 << 20));
+    }
+}

@@ -1,0 +1,147 @@
+//! The results for a terminal: every figure, then what the project promises of them.
+
+use std::fmt::Write;
+
+use super::{Measured, Run};
+use crate::bench::plan::Transport::{self, *};
+
+/// A promise: a figure as a multiple of another one of the same run, the anchor.
+pub struct Promise {
+    what: &'static str,
+    case: &'static str,
+    ours: Transport,
+    anchor: Transport,
+    must: f64,
+    aim: f64,
+}
+
+/// What the project promises of this benchmark.
+const PROMISES: [Promise; 7] = [
+    promise("14 bytes one way, both polling", "latency-14", DmbridgeMap, Cacheline, 3.0, 2.0),
+    promise("14 bytes one way, receiver asleep", "latency-14-sleep", DmbridgeMap, Tcp, 0.7, 0.5),
+    promise("stream of 64 KiB writes", "stream-64k", DmbridgeMap, Tcp, 2.0, 3.0),
+    promise("stream of 64 KiB writes", "stream-64k", DmbridgeMap, Ring, 0.75, 0.95),
+    promise("every byte made and read, in place", "produce-64k", DmbridgeInplace, DmbridgeMap, 1.3, 1.7),
+    promise("100-byte request and response", "rate-100", DmbridgeMap, Tcp, 5.0, 20.0),
+    promise("move of 1 MiB", "move-1m", DmbridgeMove, Memcpy, 0.8, 0.95),
+];
+
+const fn promise(
+    what: &'static str,
+    case: &'static str,
+    ours: Transport,
+    anchor: Transport,
+    must: f64,
+    aim: f64,
+) -> Promise {
+    Promise { what, case, ours, anchor, must, aim }
+}
+
+/// A promise and what became of it.
+pub struct Verdict {
+    /// What was promised.
+    pub what: &'static str,
+    /// Whose figure, as a multiple of whose.
+    pub of: String,
+    /// The ratio.
+    pub ratio: f64,
+    /// What it has to be.
+    pub must: String,
+    /// What it is meant to become.
+    pub aim: String,
+    /// Whether it is.
+    pub reached: bool,
+}
+
+/// The promises that the run can be held to.
+pub fn verdicts(run: &Run) -> Vec<Verdict> {
+    let verdict = |p: &Promise| {
+        let ratio = run.value(p.case, p.ours)? / run.value(p.case, p.anchor)?;
+        let less = p.aim < p.must;
+        let sign = if less { "≤" } else { "≥" };
+        Some(Verdict {
+            what: p.what,
+            of: format!("{} / {}", p.ours.name(), p.anchor.name()),
+            ratio,
+            must: format!("{sign} {}", p.must),
+            aim: format!("{sign} {}", p.aim),
+            reached: if less { ratio <= p.must } else { ratio >= p.must },
+        })
+    };
+    PROMISES.iter().filter_map(verdict).collect()
+}
+
+/// The whole text. The sweep is left out: it is many figures, and a picture shows them better.
+pub fn text(run: &Run) -> String {
+    let mut out = String::new();
+    let mut case = "";
+    for r in run.results.iter().filter(|r| !r.case.starts_with("sweep-")) {
+        if r.case != case {
+            case = &r.case;
+            let _ = writeln!(out, "\n{case:<22}{:>12}{:>12}{:>12}{:>12}{:>12}  unit", "median", "min", "max", "p50", "p99");
+        }
+        let _ = writeln!(out, "{}", row(r));
+    }
+    let verdicts = verdicts(run);
+    if !verdicts.is_empty() {
+        let _ = writeln!(out, "\n{:<38}{:<32}{:>8}{:>9}{:>9}", "promised", "ratio of", "is", "must", "aim");
+        for v in verdicts {
+            let reached = if v.reached { "reached" } else { "missed" };
+            let _ = writeln!(
+                out,
+                "{:<38}{:<32}{:>8}{:>9}{:>9}  {reached}",
+                v.what,
+                v.of,
+                figure(v.ratio),
+                v.must,
+                v.aim
+            );
+        }
+    }
+    out
+}
+
+fn row(r: &Measured) -> String {
+    let optional = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), figure);
+    format!(
+        "  {:<20}{:>12}{:>12}{:>12}{:>12}{:>12}  {}",
+        r.transport.name(),
+        figure(r.value()),
+        figure(r.min()),
+        figure(r.max()),
+        optional(r.p50),
+        optional(r.p99),
+        r.unit
+    )
+}
+
+/// A figure with three digits that mean something, and separated thousands.
+pub fn figure(value: f64) -> String {
+    let decimals = match value.abs() {
+        v if v >= 100.0 || v == 0.0 => 0,
+        v if v >= 10.0 => 1,
+        v if v >= 1.0 => 2,
+        _ => 3,
+    };
+    let text = format!("{value:.decimals$}");
+    let (whole, rest) = text.split_at(text.find('.').unwrap_or(text.len()));
+    let mut grouped = String::new();
+    for (i, digit) in whole.chars().enumerate() {
+        if i > 0 && (whole.len() - i).is_multiple_of(3) && digit.is_ascii_digit() && !grouped.ends_with('-') {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_have_three_digits_and_separated_thousands() {
+        let all = [1234567.0, 123.4, 56.78, 5.678, 0.5678, 0.0, 1000.0].map(figure);
+        assert_eq!(all, ["1,234,567", "123", "56.8", "5.68", "0.568", "0", "1,000"]);
+    }
+}

@@ -1,0 +1,63 @@
+//! A daemon of one's own for one run, in a private folder.
+
+use anyhow::{Result, anyhow, bail};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::process::{BoundChild, find_program};
+use crate::scratch::Scratch;
+
+/// How long it may take to start.
+const START: Duration = Duration::from_secs(10);
+
+/// A running daemon, ended when dropped.
+pub struct Daemon {
+    child: BoundChild,
+    hub: PathBuf,
+    control: PathBuf,
+}
+
+impl Daemon {
+    /// Starts it and waits until it serves.
+    pub fn start(scratch: &Scratch) -> Result<Daemon> {
+        let program = find_program("dmbridged").ok_or_else(|| {
+            anyhow!(
+                "dmbridged was found neither next to this program nor in PATH; build it with `cargo build --release \
+                 --workspace`, or install it"
+            )
+        })?;
+        let (hub, control) = (scratch.file("hub.sock"), scratch.file("control.sock"));
+        let mut command = Command::new(&program);
+        command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "warn"]);
+        let mut child = BoundChild::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
+        let deadline = Instant::now() + START;
+        // It says nothing when it is ready: the first connection that it takes does.
+        while [&hub, &control].into_iter().any(|socket| UnixStream::connect(socket).is_err()) {
+            if let Some(status) = child.get_mut().try_wait()? {
+                bail!("{} ended while it started: {status}", program.display());
+            }
+            if Instant::now() > deadline {
+                bail!("{} did not serve {} within {} seconds", program.display(), hub.display(), START.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(Daemon { child, hub, control })
+    }
+
+    /// Where devices come from.
+    pub fn hub(&self) -> &PathBuf {
+        &self.hub
+    }
+
+    /// Where it reports.
+    pub fn control(&self) -> &PathBuf {
+        &self.control
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> nix::unistd::Pid {
+        self.child.pid()
+    }
+}

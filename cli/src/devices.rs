@@ -1,0 +1,5 @@
+//! `dmbridge devices`.
+use anyhow::Result;
+#[derive(clap::Args)]
+pub struct Args {}
+pub fn run(_: Args) -> Result<()> { Ok(()) }
