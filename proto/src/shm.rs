@@ -116,7 +116,10 @@ pub unsafe fn store_line(words: [u64; 8], dst: *mut u8) {
 #[inline]
 pub fn end_of_lines() {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    core::arch::x86_64::_mm_sfence();
+    // SAFETY: SSE is part of x86-64.
+    unsafe {
+        core::arch::x86_64::_mm_sfence();
+    }
 }
 
 /// Copies from shared memory. What is read is a mixture of old and new if somebody writes it meanwhile.
