@@ -1,1 +1,12 @@
-//! placeholder
+//! What whole-system tests need: the real daemon in a private folder, and a front-end that can send anything.
+//!
+//! The tests are in `tests/`, one file per promise. They start the daemon that the environment variable `DMBRIDGED`
+//! names, or else build it. Nothing here is used by anything but tests, so everything here panics when it fails, and
+//! says what it was waiting for.
+
+pub mod daemon;
+pub mod deadline;
+pub mod frontend;
+pub mod memory;
+pub mod ring;
+pub mod window;
