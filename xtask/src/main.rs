@@ -96,6 +96,8 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
 /// Builds the fuzz targets with coverage, and runs each for a while from its corpus.
 fn fuzz(seconds: u32) -> Result<()> {
     let folder = run::workspace().join("proto/fuzz");
+    // libFuzzer is C++.
+    run::debian_package("c++", "g++")?;
     if !cargo_is_installed("fuzz") {
         Step::new("Installing cargo-fuzz").run(cargo().args(["install", "--locked", "cargo-fuzz"]))?;
     }

@@ -48,6 +48,34 @@ pub fn cargo_is_installed(name: &str) -> bool {
         .is_ok_and(|status| status.success())
 }
 
+/// Installs a Debian package if the program that it brings is missing and we may; else says what to do.
+pub fn debian_package(program: &str, package: &str) -> Result<()> {
+    let in_path = |name: &str| {
+        std::env::var_os("PATH")
+            .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()))
+    };
+    if in_path(program) {
+        return Ok(());
+    }
+    // SAFETY: geteuid has no arguments and cannot fail.
+    if !in_path("apt-get") || unsafe { libc::geteuid() } != 0 {
+        bail!("{program} is missing; install it (on Debian: apt-get install {package}) and try again");
+    }
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null());
+        command
+    };
+    Step::new("Fetching Debian's list of packages").run(apt().args(["--quiet", "update"]))?;
+    Step::new(format!("Installing {package}")).run(apt().args([
+        "--quiet",
+        "--yes",
+        "--no-install-recommends",
+        "install",
+        package,
+    ]))
+}
+
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
