@@ -5,7 +5,8 @@ mod run;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use run::{Step, cargo, cargo_is_installed};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Build, show, test, measure and check dmbridge.
 #[derive(Parser)]
@@ -43,8 +44,8 @@ enum Task {
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().task {
-        Task::Demo { args } => dmbridge("demo", &args),
-        Task::Bench { args } => dmbridge("bench", &args),
+        Task::Demo { args } => build_release(&[]).and_then(|binaries| dmbridge(&binaries, "demo", &args)),
+        Task::Bench { args } => bench(&args),
         Task::Test { fuzz_seconds, filter } => test(fuzz_seconds, &filter),
         Task::Lint => lint(),
     };
@@ -57,31 +58,39 @@ fn main() -> std::process::ExitCode {
     }
 }
 
-/// Builds the daemon and the command, and runs the command.
-fn dmbridge(subcommand: &str, args: &[String]) -> Result<()> {
-    let binaries = build_release()?;
+/// Runs the command.
+fn dmbridge(binaries: &Path, subcommand: &str, args: &[String]) -> Result<()> {
     Step::new(format!("dmbridge {subcommand}"))
-        .run(std::process::Command::new(binaries.join("dmbridge")).arg(subcommand).args(args))
+        .run(Command::new(binaries.join("dmbridge")).arg(subcommand).args(args))
 }
 
 /// Builds what people run; says where it is.
-fn build_release() -> Result<PathBuf> {
-    Step::new("Building dmbridged and dmbridge (the first time takes some minutes)").run(cargo().args([
-        "build",
-        "--release",
-        "--package",
-        "dmbridged",
-        "--package",
-        "dmbridge-cli",
-    ]))?;
+fn build_release(features: &[&str]) -> Result<PathBuf> {
+    Step::new("Building dmbridged and dmbridge (the first time takes some minutes)").run(
+        cargo()
+            .args(["build", "--release", "--package", "dmbridged", "--package", "dmbridge-cli"])
+            .args(features.iter().flat_map(|feature| ["--features", feature])),
+    )?;
     Ok(run::target_directory()?.join("release"))
 }
 
+fn bench(args: &[String]) -> Result<()> {
+    // One of the opponents is built with bindgen, which needs libclang; the others do not.
+    let features: &[&str] = match run::libclang() {
+        Ok(()) => &["dmbridge-cli/iceoryx2"],
+        Err(error) => {
+            eprintln!("    iceoryx2 is left out: {error:#}");
+            &[]
+        }
+    };
+    dmbridge(&build_release(features)?, "bench", args)
+}
+
 fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
-    let binaries = build_release()?;
+    let binaries = build_release(&[])?;
     Step::new("Running the tests").run(
         cargo()
-            .args(["test", "--workspace", "--all-features"])
+            .args(["test", "--workspace", "--features", "dmbridge/tokio"])
             .args(filter)
             .env("DMBRIDGED", binaries.join("dmbridged"))
             .env("DMBRIDGE", binaries.join("dmbridge")),
@@ -121,7 +130,7 @@ fn fuzz(seconds: u32) -> Result<()> {
     Ok(())
 }
 
-fn fuzz_targets(folder: &std::path::Path) -> Result<Vec<String>> {
+fn fuzz_targets(folder: &Path) -> Result<Vec<String>> {
     let targets = folder.join("fuzz_targets");
     let mut names = Vec::new();
     for entry in targets.read_dir().with_context(|| format!("reading {}", targets.display()))? {
@@ -142,14 +151,22 @@ fn lint() -> Result<()> {
         "clippy",
         "--workspace",
         "--all-targets",
-        "--all-features",
+        "--features",
+        "dmbridge/tokio",
         "--",
         "--deny",
         "warnings",
     ]))?;
     Step::new("Documentation").run(
         cargo()
-            .args(["doc", "--workspace", "--no-deps", "--all-features", "--document-private-items"])
+            .args([
+                "doc",
+                "--workspace",
+                "--no-deps",
+                "--features",
+                "dmbridge/tokio",
+                "--document-private-items",
+            ])
             .env("RUSTDOCFLAGS", "--deny warnings"),
     )?;
     if !cargo_is_installed("deny") {
