@@ -475,6 +475,7 @@ impl fmt::Debug for RemoteDmb {
 pub(crate) mod tests {
     use super::*;
     use crate::shared::tests::memory;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use std::sync::Mutex;
     use std::thread;
 
@@ -583,7 +584,8 @@ pub(crate) mod tests {
                                 dmb.disarm();
                                 break;
                             }
-                            crate::wait::poll_readable(&[dmb.as_fd().unwrap()], None).unwrap();
+                            let mut fds = [PollFd::new(dmb.as_fd().unwrap(), PollFlags::POLLIN)];
+                            poll(&mut fds, PollTimeout::NONE).unwrap();
                         }
                     }
                 });

@@ -2,16 +2,33 @@
 
 use dmbridge_proto as proto;
 
+mod control;
+mod device;
 mod dmb;
 mod error;
+mod events;
+mod fork;
 mod mapping;
+mod mover;
+mod moves;
+mod ram;
+mod reactor;
 mod shared;
 pub mod stream;
+mod sync;
+mod transport;
+mod virtqueue;
 mod wait;
+mod window;
 
+pub use device::{Builder, Device, Peer, Stats};
 pub use dmb::{Dmb, RemoteDmb};
 pub use error::{Error, OutOfBounds};
+pub use events::{Event, Events};
+pub use mover::{DmbSender, MoveBuffer, MovePart, Mover, Ticket};
 pub use shared::{SharedMemory, SharedSlice};
 pub use wait::DEFAULT_SPIN;
 
+pub use proto::event::GoneReason;
 pub use proto::ids::{Gid, Token};
+pub use proto::status::Status;

@@ -12,7 +12,7 @@ use std::fmt;
 use std::ops::{Bound, RangeBounds};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 
 /// A buffer that others access too: a DMB, or memory to move from. Cheap to clone; the memory stays mapped as long as a
 /// clone lives. After a DMB has ended, its memory may become that of another DMB of the same two devices.
@@ -21,10 +21,11 @@ pub struct SharedMemory {
     ptr: NonNull<u8>,
     len: usize,
     plan: CopyPlan,
-    keep: Arc<dyn Any + Send + Sync>,
+    /// Keeps it mapped.
+    _keep: Arc<dyn Any + Send + Sync>,
 }
 
-// SAFETY: the memory belongs to no thread, `keep` keeps it mapped, and all accesses are volatile or atomic.
+// SAFETY: the memory belongs to no thread, `_keep` keeps it mapped, and all accesses are volatile or atomic.
 unsafe impl Send for SharedMemory {}
 // SAFETY: as above.
 unsafe impl Sync for SharedMemory {}
@@ -41,7 +42,7 @@ impl SharedMemory {
         plan: CopyPlan,
         keep: Arc<dyn Any + Send + Sync>,
     ) -> SharedMemory {
-        SharedMemory { ptr, len, plan, keep }
+        SharedMemory { ptr, len, plan, _keep: keep }
     }
 
     /// Size in bytes.
@@ -93,9 +94,10 @@ impl SharedMemory {
     }
 
     /// A part of the buffer as a buffer of its own.
+    #[cfg(test)]
     pub(crate) fn part(&self, offset: usize, len: usize) -> Result<SharedMemory, OutOfBounds> {
         let ptr = self.get(offset, len)?.ptr;
-        Ok(SharedMemory { ptr, len, plan: self.plan, keep: self.keep.clone() })
+        Ok(SharedMemory { ptr, len, plan: self.plan, _keep: self._keep.clone() })
     }
 
     #[inline]
@@ -110,19 +112,32 @@ impl SharedMemory {
     /// If the word is not aligned or does not lie in the buffer: to be used with offsets that this program chose.
     #[inline]
     pub fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
-        let word = self.slice(offset..offset + 8).ptr.cast::<AtomicU64>();
-        assert!(word.is_aligned(), "an atomic word at offset {offset}");
-        // SAFETY: in bounds and aligned; any bytes are an AtomicU64. Others access it by whole-word accesses, or are
-        // another process, whose accesses no more than make the value meaningless.
-        unsafe { word.as_ref() }
+        // SAFETY: any 8 bytes are an AtomicU64.
+        unsafe { self.atomic(offset) }
     }
 
     /// As [`atomic_u64`](Self::atomic_u64), for 4 bytes.
     #[inline]
     pub fn atomic_u32(&self, offset: usize) -> &AtomicU32 {
-        let word = self.slice(offset..offset + 4).ptr.cast::<AtomicU32>();
+        // SAFETY: any 4 bytes are an AtomicU32.
+        unsafe { self.atomic(offset) }
+    }
+
+    /// As [`atomic_u64`](Self::atomic_u64), for 2 bytes.
+    #[inline]
+    pub(crate) fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: any 2 bytes are an AtomicU16.
+        unsafe { self.atomic(offset) }
+    }
+
+    /// # Safety
+    ///
+    /// `T` is an atomic integer.
+    #[inline]
+    unsafe fn atomic<T>(&self, offset: usize) -> &T {
+        let word = self.slice(offset..offset + size_of::<T>()).ptr.cast::<T>();
         assert!(word.is_aligned(), "an atomic word at offset {offset}");
-        // SAFETY: as in `atomic_u64`.
+        // SAFETY: in bounds, aligned, kept by `self`. Others access it by whole words, or make its value meaningless.
         unsafe { word.as_ref() }
     }
 }
@@ -317,11 +332,6 @@ impl<'a> SharedSlice<'a> {
             at += 1;
         }
         self.slice(words * 8..)
-    }
-
-    #[inline]
-    pub(crate) fn as_ptr(&self) -> *mut u8 {
-        self.ptr.as_ptr()
     }
 }
 

@@ -1,8 +1,5 @@
 //! Waiting: futexes, and how long to spin before one sleeps. Not for what is waited for.
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -45,25 +42,6 @@ pub(crate) fn futex_wait(word: &AtomicU32, value: u32, scope: Scope, deadline: O
 pub(crate) fn futex_wake(word: &AtomicU32, count: i32, scope: Scope) {
     // SAFETY: the word is a valid reference; waking has no other effect than that sleepers look again.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | scope.flag(), count) };
-}
-
-/// Waits until one of the descriptors is readable or hung up, or `deadline`. Which one, is for the caller to find out.
-pub(crate) fn poll_readable(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
-    let events = PollFlags::POLLIN;
-    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, events)).collect();
-    let timeout = match deadline {
-        None => PollTimeout::NONE,
-        // Rounded up, because waiting less than asked for would make callers turn in circles.
-        Some(deadline) => deadline
-            .saturating_duration_since(Instant::now())
-            .saturating_add(Duration::from_micros(999))
-            .try_into()
-            .unwrap_or(PollTimeout::MAX),
-    };
-    match poll(&mut polled, timeout) {
-        Ok(_) | Err(nix::Error::EINTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
 }
 
 /// The longest spin before a sleep unless the user says otherwise: about twice what a sleep and a wake-up cost.

@@ -1,0 +1,166 @@
+//! One thread for all devices of the process: it waits for what devices say without being asked (map requests, events, the
+//! end), so that no user of the library has to. It runs no code of users, and waits for nothing but its epoll instance.
+//!
+//! It starts with the first device and stays: a process that used one device is likely to use another.
+
+use crate::error::Error;
+use crate::fork::Process;
+use crate::sync::lock;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, Weak};
+
+/// Somebody who has descriptors watched.
+pub(crate) trait Source: Send + Sync {
+    /// One of the descriptors became readable or was hung up. Called on the reactor's thread; must not block.
+    fn ready(&self, what: u8);
+}
+
+/// The thread and what it watches.
+pub(crate) struct Reactor {
+    epoll: Epoll,
+    sources: Mutex<Sources>,
+}
+
+#[derive(Default)]
+struct Sources {
+    last: u64,
+    /// By number. A number is never used again, so an event that comes late meets nobody.
+    all: HashMap<u64, Weak<dyn Source>>,
+}
+
+/// What a source wants to know of a descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Interest {
+    /// That there is something to read.
+    Readable,
+    /// That the other end has closed it.
+    HangUp,
+}
+
+/// A source's name; the source is forgotten when this is dropped.
+pub(crate) struct Registration {
+    reactor: Arc<Reactor>,
+    number: u64,
+}
+
+/// The reactor of this process. A fork's child makes its own, because it has not inherited the thread.
+static REACTOR: Mutex<Option<(Process, Arc<Reactor>)>> = Mutex::new(None);
+
+impl Reactor {
+    /// This process's reactor.
+    pub(crate) fn get() -> Result<Arc<Reactor>, Error> {
+        let mut current = lock(&REACTOR);
+        if let Some((process, reactor)) = &*current
+            && process.is_current()
+        {
+            return Ok(reactor.clone());
+        }
+        let process = Process::current();
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Error::errno("make an epoll instance"))?;
+        let reactor = Arc::new(Reactor { epoll, sources: Mutex::default() });
+        let thread = reactor.clone();
+        std::thread::Builder::new()
+            .name("dmbridge".into())
+            .spawn(move || thread.run())
+            .map_err(Error::os("start a thread"))?;
+        if let Some((_, inherited)) = current.replace((process, reactor.clone())) {
+            // A lock in it may be held by a thread that is not here.
+            std::mem::forget(inherited);
+        }
+        Ok(reactor)
+    }
+
+    /// Adds a source, with nothing to watch yet.
+    pub(crate) fn register(self: &Arc<Reactor>, source: Weak<dyn Source>) -> Registration {
+        let mut sources = lock(&self.sources);
+        sources.last += 1;
+        let number = sources.last;
+        sources.all.insert(number, source);
+        Registration { reactor: self.clone(), number }
+    }
+
+    fn run(&self) {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(ready) => &events[..ready],
+                Err(nix::Error::EINTR) => continue,
+                Err(errno) => {
+                    // Only a closed or foreign descriptor does this: somebody else closed it.
+                    tracing::error!("the library's epoll instance failed: {errno}; no device works any more");
+                    return;
+                }
+            };
+            for event in ready {
+                let source = lock(&self.sources).all.get(&(event.data() >> 8)).and_then(Weak::upgrade);
+                if let Some(source) = source {
+                    source.ready(event.data() as u8);
+                }
+            }
+        }
+    }
+}
+
+impl Registration {
+    /// Calls the source with `what` each time that this happens to the descriptor (edge-triggered: once per write to an
+    /// eventfd, whether or not it is read).
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, interest: Interest, what: u8) -> Result<(), Error> {
+        let flags = EpollFlags::EPOLLET
+            | match interest {
+                Interest::Readable => EpollFlags::EPOLLIN,
+                Interest::HangUp => EpollFlags::EPOLLRDHUP,
+            };
+        let event = EpollEvent::new(flags, self.number << 8 | u64::from(what));
+        self.reactor.epoll.add(fd, event).map_err(Error::errno("watch a descriptor"))
+    }
+
+    /// No longer watches a descriptor that is about to be closed. Needed where a copy of it stays open elsewhere, in the
+    /// daemon for instance: epoll watches the file, not the number.
+    pub(crate) fn forget(&self, fd: BorrowedFd<'_>) {
+        let _ = self.reactor.epoll.delete(fd);
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        lock(&self.reactor.sources).all.remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    use std::sync::mpsc;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    struct Told(mpsc::Sender<u8>);
+
+    impl Source for Told {
+        fn ready(&self, what: u8) {
+            let _ = self.0.send(what);
+        }
+    }
+
+    #[test]
+    fn a_source_is_told_once_per_write_until_it_is_dropped() {
+        let (sender, told) = mpsc::channel();
+        let source = Arc::new(Told(sender));
+        let weak: Weak<dyn Source> = Arc::downgrade(&(source.clone() as Arc<dyn Source>));
+        let registration = Reactor::get().unwrap().register(weak);
+        let fd = EventFd::new(EFD_NONBLOCK).unwrap();
+        // SAFETY: `fd` is open to the end of the test.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        registration.watch(borrowed, Interest::Readable, 7).unwrap();
+        for _ in 0..3 {
+            fd.write(1).unwrap();
+            assert_eq!(told.recv(), Ok(7));
+        }
+        drop(registration);
+        drop(source);
+        assert!(told.recv().is_err());
+    }
+}
