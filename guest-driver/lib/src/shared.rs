@@ -6,7 +6,7 @@
 //! copy: a second look may show something else.
 
 use crate::error::OutOfBounds;
-use crate::proto::shm::{self, CopyPlan};
+use crate::proto::shm::{self, CopyMethod, CopyPlan};
 use std::any::Any;
 use std::fmt;
 use std::ops::{Bound, RangeBounds};
@@ -316,14 +316,29 @@ impl<'a> SharedSlice<'a> {
         let words = self.len / 8;
         let to = self.ptr.as_ptr().cast::<u64>();
         let mut at = 0;
+        // Where plain stores are slow, whole lines go past the caches: what is generated is written once, and read by
+        // somebody else.
+        let lines = self.memory.plan.method(self.len) != CopyMethod::Plain;
         if to.is_aligned() {
+            while lines && at < words && !to.wrapping_add(at).addr().is_multiple_of(64) {
+                // SAFETY: at < words, aligned.
+                unsafe { to.add(at).write_volatile(next().to_le()) }
+                at += 1;
+            }
             while at + 8 <= words {
-                let block: [u64; 8] = std::array::from_fn(|_| next().to_le());
-                for (i, word) in block.into_iter().enumerate() {
-                    // SAFETY: at + 8 <= words, aligned.
-                    unsafe { to.add(at + i).write_volatile(word) }
+                let line: [u64; 8] = std::array::from_fn(|_| next().to_le());
+                // SAFETY: at + 8 <= words, aligned, with `lines` to 64 bytes.
+                unsafe {
+                    if lines {
+                        shm::store_line(line, to.add(at).cast());
+                    } else {
+                        to.add(at).cast::<[u64; 8]>().write_volatile(line);
+                    }
                 }
                 at += 8;
+            }
+            if lines {
+                shm::end_of_lines();
             }
         }
         while at < words {
