@@ -8,6 +8,7 @@ mod size;
 
 use args::Args;
 use clap::Parser;
+use dmbridged::Daemon;
 use dmbridged::hub::DEFAULT_SOCKET_MODE;
 use dmbridged::settings::Settings;
 use dmbridged::socket::Socket;
@@ -57,8 +58,19 @@ fn serve(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
     stop_signals.thread_block()?;
     let control =
         settings.control.as_ref().map(|path| Socket::bind(path, DEFAULT_SOCKET_MODE)).transpose()?;
-    let _ = control;
-    Ok(())
+    let daemon = Daemon::start(settings)?;
+    if let Some(socket) = &control {
+        let handle = daemon.handle();
+        control_api::start(socket, move || handle.report())?;
+    }
+    let handle = daemon.handle();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        if let Ok(signal) = stop_signals.wait() {
+            tracing::info!("{signal}: stopping");
+            handle.stop();
+        }
+    })?;
+    Ok(daemon.join()?)
 }
 
 /// What a configuration serves, in a few words.

@@ -1,0 +1,152 @@
+//! The daemon as a value: started from settings, asked through a handle, stopped.
+
+use crate::control::{Control, Entrance, Identity, Setup};
+use crate::copy_plan;
+use crate::doorbell::{self, Doorbell, Message};
+use crate::engine::cpu::CpuEngine;
+use crate::fabric::Fabric;
+use crate::hub::DEFAULT_SOCKET_MODE;
+use crate::mover::Mover;
+use crate::report::Report;
+use crate::settings::{Endpoint, Settings, SettingsError};
+use crate::socket::{Socket, SocketError};
+use dmbridge_proto::shm::CopyPlan;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::io;
+use std::sync::OnceLock;
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+
+/// Why a daemon does not start, or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The settings contradict themselves.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// A socket cannot be made.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A descriptor that was handed over is no connected vhost-user socket.
+    #[error("the descriptor of device {0} is not a connected UNIX stream socket")]
+    Descriptor(String),
+    /// The operating system refused.
+    #[error("the daemon cannot run: {0}")]
+    Io(#[from] io::Error),
+    /// A thread ended by a panic: a bug.
+    #[error("the control thread panicked; this is a bug")]
+    Panic,
+}
+
+/// A running daemon. Dropping it stops it.
+#[derive(Debug)]
+pub struct Daemon {
+    handle: Handle,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+/// Reaches a daemon from any thread.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    doorbell: Doorbell,
+}
+
+impl Daemon {
+    /// Starts a daemon: its sockets are there when this returns.
+    pub fn start(settings: Settings) -> Result<Daemon, Error> {
+        settings.check()?;
+        raise_descriptor_limit();
+        let hub = match settings.hub {
+            Some(hub) => {
+                let socket = Socket::bind(&hub.socket, hub.mode)?;
+                Some((hub, socket))
+            }
+            None => None,
+        };
+        let mut devices = Vec::with_capacity(settings.devices.len());
+        for mut device in settings.devices {
+            let entrance = match std::mem::replace(&mut device.endpoint, Endpoint::Path(Default::default())) {
+                Endpoint::Path(path) => Entrance::Socket(Socket::bind(&path, DEFAULT_SOCKET_MODE)?),
+                Endpoint::Fd(fd) => {
+                    let stream = std::os::unix::net::UnixStream::from(fd);
+                    if stream.peer_addr().is_err() {
+                        return Err(Error::Descriptor(device.name));
+                    }
+                    Entrance::Stream(stream)
+                }
+            };
+            devices.push((device, entrance));
+        }
+        let copy_plan = copy_plan();
+        let engine = CpuEngine::new(copy_plan);
+        let movers: Vec<Mover> =
+            (0..settings.movers).map(|number| Mover::start(number, engine)).collect::<Result<_, _>>()?;
+        let (doorbell, inbox) = doorbell::pair()?;
+        let setup = Setup {
+            identity: Identity { fabric_id: settings.fabric_id, system_eid: settings.system_eid, copy_plan },
+            fabric: Fabric::new(settings.pool),
+            movers,
+            devices,
+            hub,
+            doorbell: doorbell.clone(),
+            inbox,
+        };
+        let thread = std::thread::Builder::new()
+            .name("dmb-control".into())
+            .spawn(move || Control::new(setup)?.run())?;
+        Ok(Daemon { handle: Handle { doorbell }, thread: Some(thread) })
+    }
+
+    /// For asking and stopping.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits for the end: because of [`Handle::stop`], or because there is nothing left to serve.
+    pub fn join(mut self) -> Result<(), Error> {
+        self.wait()
+    }
+
+    fn wait(&mut self) -> Result<(), Error> {
+        match self.thread.take() {
+            Some(thread) => Ok(thread.join().map_err(|_| Error::Panic)??),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.handle.stop();
+        let _ = self.wait();
+    }
+}
+
+impl Handle {
+    /// How things are, or `None` if the daemon has ended.
+    pub fn report(&self) -> Option<Report> {
+        let (sender, receiver) = sync_channel(1);
+        self.doorbell.ring(Message::Report(sender)).then(|| receiver.recv().ok()).flatten()
+    }
+
+    /// Asks the daemon to end.
+    pub fn stop(&self) {
+        self.doorbell.ring(Message::Stop);
+    }
+}
+
+/// Measured once per process: it takes some tens of milliseconds, and the machine stays the same.
+fn copy_plan() -> CopyPlan {
+    static PLAN: OnceLock<CopyPlan> = OnceLock::new();
+    *PLAN.get_or_init(copy_plan::measure)
+}
+
+/// Each device takes about a dozen descriptors; the usual soft limit is for programs that use `select`.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        if soft < hard {
+            if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+                tracing::warn!("the limit of open descriptors stays at {soft}: {error}");
+            }
+        }
+    }
+}

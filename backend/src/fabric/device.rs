@@ -1,0 +1,254 @@
+//! A started device, as the fabric knows it.
+
+use super::Fabric;
+use crate::pool::ranges::Ranges;
+use crate::port::Port;
+use crate::settings::Limits;
+use dmbridge_proto::ids::{ExtentId, Gid, Token};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet};
+use std::sync::Arc;
+
+/// A device from start to reset. Never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeviceId(pub(super) u64);
+
+/// What driver and front-end of a device can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// The front-end can map, and the driver wants it to.
+    pub map: bool,
+    /// The driver registers DMBs in its own memory.
+    pub ram: bool,
+    /// The driver can wait on and wake a futex.
+    pub futex: bool,
+}
+
+/// What a device brings along when it is started.
+#[derive(Debug)]
+pub struct Joining {
+    /// Its name for others.
+    pub gid: Gid,
+    /// The devices that it can see are those of the same group.
+    pub group: Arc<str>,
+    /// What it may use.
+    pub limits: Limits,
+    /// What it can do.
+    pub capabilities: Capabilities,
+    /// Its memory and queues.
+    pub port: Arc<Port>,
+}
+
+/// A started device.
+#[derive(Debug)]
+pub struct Device {
+    /// Its name here.
+    pub id: DeviceId,
+    /// Its name for others.
+    pub gid: Gid,
+    /// Its group.
+    pub group: Arc<str>,
+    /// What it may use.
+    pub limits: Limits,
+    /// What it can do.
+    pub capabilities: Capabilities,
+    /// Its memory and queues.
+    pub port: Arc<Port>,
+}
+
+impl Device {
+    pub(super) fn new(id: DeviceId, joining: Joining) -> Device {
+        let Joining { gid, group, limits, capabilities, port } = joining;
+        Device { id, gid, group, limits, capabilities, port }
+    }
+}
+
+/// What a started device uses; for people.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// DMBs that it owns.
+    pub dmbs: u32,
+    /// Their sizes together, in bytes.
+    pub dmb_bytes: u64,
+    /// DMBs of others that it has attached.
+    pub attached: u32,
+    /// Extents in its window.
+    pub extents: u32,
+    /// Their sizes together, in bytes.
+    pub mapped_bytes: u64,
+    /// Signals that rang, and that had no need to, as counted in the control lines of the DMBs that it writes.
+    pub rung: u64,
+    /// See `rung`.
+    pub suppressed: u64,
+}
+
+/// An extent's place in a device's window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub offset: u64,
+    pub size: u64,
+    pub owned: bool,
+    pub other: Gid,
+    pub state: SlotState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SlotState {
+    /// The front-end was asked to map it.
+    Mapping,
+    /// As before, and the extent is gone meanwhile.
+    Doomed,
+    /// It is there.
+    Mapped,
+    /// The front-end was asked to unmap it.
+    Unmapping,
+}
+
+/// Numbers for DMBs: the lowest that is free.
+#[derive(Debug, Default)]
+pub(super) struct Indices {
+    free: BinaryHeap<Reverse<u32>>,
+    next: u32,
+}
+
+impl Indices {
+    pub fn take(&mut self) -> u32 {
+        match self.free.pop() {
+            Some(Reverse(index)) => index,
+            None => {
+                self.next += 1;
+                self.next - 1
+            }
+        }
+    }
+
+    pub fn give(&mut self, index: u32) {
+        self.free.push(Reverse(index));
+    }
+}
+
+/// A started device and everything that it has in the fabric.
+#[derive(Debug)]
+pub(super) struct State {
+    pub device: Device,
+    /// What of the window is free, in bytes; extents are multiples of the pool's unit.
+    pub window: Ranges,
+    /// Extents in the window.
+    pub slots: HashMap<ExtentId, Slot>,
+    /// Bytes and number of those of which it is the peer only: others chose them, so they get no more than half.
+    pub foreign_bytes: u64,
+    pub foreign_count: u32,
+    /// Extents that it owns, by peer.
+    pub pairs: HashMap<DeviceId, Vec<ExtentId>>,
+    /// Extents that it owns.
+    pub extents: HashSet<ExtentId>,
+    /// Extents of which it is the peer.
+    pub foreign: HashSet<ExtentId>,
+    /// DMBs that it owns, and those that it unregistered and their peer has still attached.
+    pub dmbs: HashSet<Token>,
+    /// Registered DMBs: number, bytes, indices.
+    pub registered: u32,
+    pub registered_bytes: u64,
+    pub indices: Indices,
+    /// DMBs of which it is the peer.
+    pub incoming: HashSet<Token>,
+    /// Those of them that it has attached.
+    pub attached: HashSet<Token>,
+    /// The extent that its control queue waits for.
+    pub waiting_for: Option<ExtentId>,
+}
+
+impl State {
+    pub fn new(device: Device, unit: u64) -> State {
+        let window = if device.capabilities.map { device.limits.window_size / unit * unit } else { 0 };
+        State {
+            device,
+            window: Ranges::new(0, window),
+            slots: HashMap::new(),
+            foreign_bytes: 0,
+            foreign_count: 0,
+            pairs: HashMap::new(),
+            extents: HashSet::new(),
+            foreign: HashSet::new(),
+            dmbs: HashSet::new(),
+            registered: 0,
+            registered_bytes: 0,
+            indices: Indices::default(),
+            incoming: HashSet::new(),
+            attached: HashSet::new(),
+            waiting_for: None,
+        }
+    }
+
+    /// Whether an extent of this size has a place in the window.
+    pub fn has_room(&self, size: u64, owned: bool) -> bool {
+        let limits = &self.device.limits;
+        (self.slots.len() as u64) < u64::from(limits.max_mappings)
+            && self.window.fits(size)
+            && (owned
+                || (self.foreign_count < limits.max_mappings.div_ceil(2)
+                    && self.foreign_bytes + size <= limits.window_size / 2))
+    }
+
+    /// Takes a place in the window.
+    pub fn take_slot(&mut self, extent: ExtentId, size: u64, owned: bool, other: Gid) -> Option<Slot> {
+        if !self.has_room(size, owned) {
+            return None;
+        }
+        let offset = self.window.take(size)?;
+        if !owned {
+            self.foreign_bytes += size;
+            self.foreign_count += 1;
+        }
+        let slot = Slot { offset, size, owned, other, state: SlotState::Mapping };
+        self.slots.insert(extent, slot);
+        Some(slot)
+    }
+
+    /// Gives a place in the window back.
+    pub fn give_slot(&mut self, extent: ExtentId) -> Option<Slot> {
+        let slot = self.slots.remove(&extent)?;
+        self.window.give(slot.offset, slot.size);
+        if !slot.owned {
+            self.foreign_bytes -= slot.size;
+            self.foreign_count -= 1;
+        }
+        Some(slot)
+    }
+
+    pub fn usage(&self, fabric: &Fabric) -> Usage {
+        let mapped = self.slots.values().filter(|s| s.state == SlotState::Mapped);
+        let (extents, mapped_bytes) = mapped.fold((0, 0), |(n, bytes), s| (n + 1, bytes + s.size));
+        let lines = self.incoming.iter().filter_map(|token| {
+            let dmb = fabric.dmbs.get(token)?;
+            let (extent, place) = dmb.place.as_ref()?;
+            Some(fabric.extents.get(extent)?.memory.file().line(place.line_offset()).stats())
+        });
+        let (rung, suppressed) = lines.fold((0u64, 0u64), |(rung, suppressed), stats| {
+            (rung.saturating_add(stats.rung), suppressed.saturating_add(stats.suppressed))
+        });
+        Usage {
+            dmbs: self.registered,
+            dmb_bytes: self.registered_bytes,
+            attached: self.attached.len() as u32,
+            extents,
+            mapped_bytes,
+            rung,
+            suppressed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_free_index_is_taken() {
+        let mut indices = Indices::default();
+        assert_eq!([indices.take(), indices.take(), indices.take()], [0, 1, 2]);
+        indices.give(2);
+        indices.give(0);
+        assert_eq!([indices.take(), indices.take(), indices.take()], [0, 2, 3]);
+    }
+}

@@ -1,0 +1,208 @@
+//! The fabric: who is there, which DMBs there are, who may write them, where they are mapped (`docs/device.md`, 6, 8, 11).
+//!
+//! It knows started devices only, and belongs to the control thread. It asks nothing of a front-end itself: what is to
+//! be asked is left in [`Fabric::effects`], and the answer comes back by [`Fabric::mapped`]. A command that has to wait
+//! for one is executed again when it is there; until then nothing is held.
+
+mod commands;
+mod device;
+mod extents;
+
+pub use commands::Attempt;
+pub use device::{Capabilities, Device, DeviceId, Joining, Usage};
+
+use crate::frontend::MapRequest;
+use crate::pool::{ExtentMemory, Place, Pool};
+use crate::port::Target;
+use crate::settings::PoolSettings;
+use device::State;
+use dmbridge_proto::event::{Event, GoneReason};
+use dmbridge_proto::ids::{ExtentId, Gid, Token};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+/// What is to be done outside of the fabric.
+#[derive(Debug)]
+pub enum Effect {
+    /// A front-end is to be asked.
+    Ask(MapRequest),
+    /// The command of this device that waited is to be executed again.
+    Resume(DeviceId, Attempt),
+}
+
+/// A DMB, from registration until nobody uses its memory any more.
+#[derive(Debug)]
+struct Dmb {
+    owner: DeviceId,
+    peer: DeviceId,
+    index: u32,
+    size: u64,
+    /// Where it lies in the pool; `None` for a RAM DMB.
+    place: Option<(ExtentId, Place)>,
+    target: Arc<Target>,
+    /// The peer has it attached.
+    attached: bool,
+    /// The owner has not unregistered it.
+    registered: bool,
+}
+
+/// An extent.
+#[derive(Debug)]
+struct Extent {
+    memory: ExtentMemory,
+    owner: DeviceId,
+    peer: DeviceId,
+    /// The peer left: nothing new is put here, and it goes with its last DMB.
+    condemned: bool,
+}
+
+/// The fabric of one daemon.
+#[derive(Debug)]
+pub struct Fabric {
+    pool: Pool,
+    devices: HashMap<DeviceId, State>,
+    by_gid: HashMap<Gid, DeviceId>,
+    extents: HashMap<ExtentId, Extent>,
+    dmbs: HashMap<Token, Dmb>,
+    next_device: u64,
+    next_ram_token: u64,
+    effects: Vec<Effect>,
+}
+
+impl Fabric {
+    /// An empty fabric.
+    pub fn new(pool: PoolSettings) -> Fabric {
+        Fabric {
+            pool: Pool::new(pool),
+            devices: HashMap::new(),
+            by_gid: HashMap::new(),
+            extents: HashMap::new(),
+            dmbs: HashMap::new(),
+            next_device: 0,
+            next_ram_token: 0,
+            effects: Vec::new(),
+        }
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// A started device.
+    pub fn device(&self, id: DeviceId) -> Option<&Device> {
+        self.devices.get(&id).map(|state| &state.device)
+    }
+
+    /// What a started device uses.
+    pub fn usage(&self, id: DeviceId) -> Option<Usage> {
+        self.devices.get(&id).map(|state| state.usage(self))
+    }
+
+    /// Takes what is to be done outside.
+    pub fn effects(&mut self) -> Vec<Effect> {
+        std::mem::take(&mut self.effects)
+    }
+
+    /// A device was started. Its GID is nobody else's.
+    pub fn join(&mut self, joining: Joining) -> DeviceId {
+        self.next_device += 1;
+        let id = DeviceId(self.next_device);
+        self.by_gid.insert(joining.gid, id);
+        let unit = self.pool.unit();
+        self.devices.insert(id, State::new(Device::new(id, joining), unit));
+        id
+    }
+
+    /// The started device of the group that has this GID.
+    fn find(&self, group: &str, gid: Gid) -> Option<&State> {
+        self.by_gid.get(&gid).and_then(|id| self.devices.get(id)).filter(|d| *d.device.group == *group)
+    }
+
+    /// A device was reset or left. Its queues are not served any more. Nothing writes to its memory when this returns.
+    pub fn leave(&mut self, id: DeviceId, reason: GoneReason) {
+        let Some(mut state) = self.devices.remove(&id) else { return };
+        let gid = state.device.gid;
+        if self.by_gid.get(&gid) == Some(&id) {
+            self.by_gid.remove(&gid);
+        }
+        let mut told: HashSet<DeviceId> = HashSet::new();
+        for token in std::mem::take(&mut state.dmbs) {
+            if let Some(dmb) = self.dmbs.get(&token) {
+                told.insert(dmb.peer);
+            }
+            self.end_dmb(token);
+        }
+        for token in std::mem::take(&mut state.incoming) {
+            if let Some(dmb) = self.dmbs.get(&token) {
+                told.insert(dmb.owner);
+            }
+            self.end_peer(token, &state);
+        }
+        for extent in std::mem::take(&mut state.extents) {
+            if let Some(extent) = self.extents.get(&extent) {
+                told.insert(extent.peer);
+            }
+            self.end_extent(extent);
+        }
+        for extent in std::mem::take(&mut state.foreign) {
+            if let Some(e) = self.extents.get_mut(&extent) {
+                told.insert(e.owner);
+                e.condemned = true;
+                if e.memory.is_empty() {
+                    self.end_extent(extent);
+                }
+            }
+        }
+        for other in told {
+            if let Some(other) = self.devices.get(&other) {
+                let _ = other.device.port.tell(Event::DeviceGone { gid, reason });
+            }
+        }
+    }
+
+    /// The owner of a DMB leaves: it ends at once, for everybody.
+    fn end_dmb(&mut self, token: Token) {
+        let Some(dmb) = self.dmbs.remove(&token) else { return };
+        dmb.target.close();
+        if let Some(peer) = self.devices.get_mut(&dmb.peer) {
+            peer.device.port.remove_target(token);
+            peer.incoming.remove(&token);
+            peer.attached.remove(&token);
+        }
+        if let Some((extent, place)) = dmb.place {
+            if let Some(extent) = self.extents.get_mut(&extent) {
+                extent.memory.retire(&place);
+                extent.memory.give(&place);
+            }
+        }
+    }
+
+    /// The peer of a DMB leaves: nobody writes it any more. It stays its owner's until that unregisters it.
+    fn end_peer(&mut self, token: Token, peer: &State) {
+        let Some(dmb) = self.dmbs.get_mut(&token) else { return };
+        dmb.target.close();
+        dmb.attached = false;
+        peer.device.port.remove_target(token);
+        if !dmb.registered {
+            self.release(token);
+        }
+    }
+
+    /// Nobody uses the memory of a DMB any more.
+    fn release(&mut self, token: Token) {
+        let Some(dmb) = self.dmbs.remove(&token) else { return };
+        if let Some(owner) = self.devices.get_mut(&dmb.owner) {
+            owner.dmbs.remove(&token);
+        }
+        if let Some(peer) = self.devices.get_mut(&dmb.peer) {
+            peer.incoming.remove(&token);
+        }
+        let Some((id, place)) = dmb.place else { return };
+        let Some(extent) = self.extents.get_mut(&id) else { return };
+        extent.memory.give(&place);
+        if extent.condemned && extent.memory.is_empty() {
+            self.end_extent(id);
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Requests to a front-end: map and unmap extents in its window, over the backend channel. Never blocks.
+//!
+//! `vhost`'s own `Backend` sends a request and blocks for the reply; a front-end that does not reply would stop the
+//! daemon. Here one request is under way at a time, others queue, and the event loop reads the reply when it comes. A
+//! front-end that takes longer than [`REPLY_DEADLINE`] is stalled: what waits fails, and so does what comes, until the
+//! late reply arrives; if that says that something was mapped after all, it is unmapped first.
+
+use crate::fabric::DeviceId;
+use crate::pool::memfile::MemFile;
+use dmbridge_proto::WINDOW_SHMID;
+use dmbridge_proto::ids::ExtentId;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vhost::vhost_user::message::{BackendReq, VhostUserHeaderFlag, VhostUserMMap, VhostUserMMapFlags};
+use vm_memory::ByteValued;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// How long a front-end may take for a reply.
+pub const REPLY_DEADLINE: Duration = Duration::from_secs(5);
+/// Version 1 of the protocol, in a message's flags.
+const VERSION: u32 = 1;
+const HEADER_SIZE: usize = 12;
+const REPLY_SIZE: usize = HEADER_SIZE + size_of::<u64>();
+
+/// What a front-end is asked to do.
+#[derive(Debug, Clone)]
+pub struct MapRequest {
+    /// The started device whose window it is.
+    pub device: DeviceId,
+    /// The extent.
+    pub extent: ExtentId,
+    /// The memory to map; `None` to unmap.
+    pub file: Option<Arc<MemFile>>,
+    /// Where in the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// A request that ended.
+#[derive(Debug)]
+pub struct MapOutcome {
+    /// The request.
+    pub request: MapRequest,
+    /// Whether the front-end did it.
+    pub done: bool,
+}
+
+/// The channel cannot be used any more.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The front-end closed it.
+    #[error("the front-end closed the backend channel")]
+    Closed,
+    /// It sent something that is no reply to what was asked.
+    #[error("the front-end sent something else than a reply on the backend channel")]
+    Unexpected,
+    /// The system refused.
+    #[error("the backend channel failed: {0}")]
+    Io(#[from] io::Error),
+}
+
+#[derive(Debug)]
+struct Pending {
+    request: MapRequest,
+    deadline: Instant,
+    /// Nobody waits for the reply any more.
+    abandoned: bool,
+}
+
+/// Counts of requests sent.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Sent {
+    /// `SHMEM_MAP`.
+    pub maps: u64,
+    /// `SHMEM_UNMAP`.
+    pub unmaps: u64,
+}
+
+/// The backend channel of one front-end.
+#[derive(Debug)]
+pub struct Channel {
+    socket: UnixStream,
+    queue: VecDeque<MapRequest>,
+    pending: Option<Pending>,
+    reply: [u8; REPLY_SIZE],
+    received: usize,
+    /// Requests are sent only while the driver has the device started: stock QEMU crashes otherwise.
+    open: bool,
+    sent: Sent,
+}
+
+impl Channel {
+    /// The channel over this socket.
+    pub fn new(socket: OwnedFd) -> Channel {
+        Channel {
+            socket: socket.into(),
+            queue: VecDeque::new(),
+            pending: None,
+            reply: [0; REPLY_SIZE],
+            received: 0,
+            open: false,
+            sent: Sent::default(),
+        }
+    }
+
+    /// What was sent so far.
+    pub fn sent(&self) -> Sent {
+        self.sent
+    }
+
+    /// When the request under way fails, if one is.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.pending.as_ref().filter(|p| !p.abandoned).map(|p| p.deadline)
+    }
+
+    /// Sends a request, now or after those before it. What fails at once is put into `outcomes`.
+    pub fn request(&mut self, request: MapRequest, now: Instant, outcomes: &mut Vec<MapOutcome>) {
+        if self.pending.as_ref().is_some_and(|p| p.abandoned) {
+            outcomes.push(MapOutcome { request, done: false });
+            return;
+        }
+        self.queue.push_back(request);
+        self.pump(now, outcomes);
+    }
+
+    /// The driver started the device: requests may be sent.
+    pub fn open(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) {
+        self.open = true;
+        self.pump(now, outcomes);
+    }
+
+    /// The device was reset: its window is empty, and no request may be sent. Nobody waits for what is under way.
+    pub fn close(&mut self) {
+        self.open = false;
+        self.queue.clear();
+        if let Some(pending) = &mut self.pending {
+            pending.abandoned = true;
+        }
+    }
+
+    fn pump(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) {
+        while self.open && self.pending.is_none() {
+            let Some(request) = self.queue.pop_front() else { return };
+            match self.send(&request) {
+                Ok(()) => {
+                    self.pending =
+                        Some(Pending { request, deadline: now + REPLY_DEADLINE, abandoned: false });
+                }
+                Err(error) => {
+                    tracing::warn!("a request to a front-end could not be sent: {error}");
+                    outcomes.push(MapOutcome { request, done: false });
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, request: &MapRequest) -> io::Result<()> {
+        let (code, flags) = match request.file {
+            Some(_) => (BackendReq::SHMEM_MAP, VhostUserMMapFlags::WRITABLE),
+            None => (BackendReq::SHMEM_UNMAP, VhostUserMMapFlags::empty()),
+        };
+        let body = VhostUserMMap {
+            shmid: WINDOW_SHMID,
+            shm_offset: request.offset,
+            len: request.len,
+            flags: flags.bits(),
+            ..VhostUserMMap::default()
+        };
+        let mut message = [0; HEADER_SIZE + size_of::<VhostUserMMap>()];
+        let flags = VERSION | VhostUserHeaderFlag::NEED_REPLY.bits();
+        for (at, word) in [u32::from(code), flags, size_of::<VhostUserMMap>() as u32].into_iter().enumerate()
+        {
+            message[4 * at..4 * at + 4].copy_from_slice(&word.to_ne_bytes());
+        }
+        message[HEADER_SIZE..].copy_from_slice(body.as_slice());
+        let fds: &[RawFd] = match &request.file {
+            Some(file) => &[file.fd().as_raw_fd()],
+            None => &[],
+        };
+        // At most one request is unanswered, so it fits the socket's buffer unless the front-end plays tricks.
+        self.socket.set_nonblocking(true)?;
+        let sent = self.socket.send_with_fds(&[&message[..]], fds).map_err(io::Error::from)?;
+        if sent != message.len() {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        match request.file {
+            Some(_) => self.sent.maps += 1,
+            None => self.sent.unmaps += 1,
+        }
+        Ok(())
+    }
+
+    /// The socket may be readable: takes the replies that are there.
+    pub fn receive(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) -> Result<(), ChannelError> {
+        loop {
+            let room = &mut self.reply[self.received..];
+            // SAFETY: `room` is writable for its length.
+            let n = unsafe {
+                libc::recv(self.socket.as_raw_fd(), room.as_mut_ptr().cast(), room.len(), libc::MSG_DONTWAIT)
+            };
+            match n {
+                0 => return Err(ChannelError::Closed),
+                ..0 => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error.into()),
+                },
+                n => {
+                    self.received += n as usize;
+                    if self.received == REPLY_SIZE {
+                        self.received = 0;
+                        self.replied(now, outcomes)?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn replied(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) -> Result<(), ChannelError> {
+        let word = |at: usize| {
+            u32::from_ne_bytes([self.reply[at], self.reply[at + 1], self.reply[at + 2], self.reply[at + 3]])
+        };
+        let pending = self.pending.take().ok_or(ChannelError::Unexpected)?;
+        let code = match pending.request.file {
+            Some(_) => BackendReq::SHMEM_MAP,
+            None => BackendReq::SHMEM_UNMAP,
+        };
+        let is_reply = word(4) & VhostUserHeaderFlag::REPLY.bits() != 0 && word(4) & 3 == VERSION;
+        if word(0) != u32::from(code) || !is_reply || word(8) != size_of::<u64>() as u32 {
+            return Err(ChannelError::Unexpected);
+        }
+        let done = word(12) == 0 && word(16) == 0;
+        if !pending.abandoned {
+            outcomes.push(MapOutcome { request: pending.request, done });
+        } else if done && pending.request.file.is_some() {
+            // It was mapped after all, and nobody knows it any more.
+            self.queue.push_front(MapRequest { file: None, ..pending.request });
+        }
+        self.pump(now, outcomes);
+        Ok(())
+    }
+
+    /// Fails what is overdue.
+    pub fn expire(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) {
+        match &mut self.pending {
+            Some(pending) if !pending.abandoned && pending.deadline <= now => {
+                pending.abandoned = true;
+                outcomes.push(MapOutcome { request: pending.request.clone(), done: false });
+                self.fail_queue(outcomes);
+            }
+            _ => {}
+        }
+    }
+
+    /// The channel is broken: everything fails.
+    pub fn fail(&mut self, outcomes: &mut Vec<MapOutcome>) {
+        if let Some(pending) = self.pending.take().filter(|p| !p.abandoned) {
+            outcomes.push(MapOutcome { request: pending.request, done: false });
+        }
+        self.fail_queue(outcomes);
+    }
+
+    fn fail_queue(&mut self, outcomes: &mut Vec<MapOutcome>) {
+        outcomes.extend(self.queue.drain(..).map(|request| MapOutcome { request, done: false }));
+    }
+}
+
+impl AsRawFd for Channel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}

@@ -1,0 +1,443 @@
+//! Move queues and the threads that serve them (`docs/device.md`, 10).
+//!
+//! A queue belongs to one mover. The mover holds the queue's ring while it does one move; a copy goes in steps, and
+//! holds what it reads and writes only for a step. So whoever ends a queue, a DMB or a memory table waits for one step.
+
+use crate::engine::cpu::CpuEngine;
+use crate::memory::DeviceMemory;
+use crate::notify::EventFile;
+use crate::port::{Counters, Home, Port, Target};
+use crate::settings::Limits;
+use crate::vring::{Broken, Chain, Piece, Vring};
+use dmbridge_proto::event::Event;
+use dmbridge_proto::line::Wake;
+use dmbridge_proto::moves::{HEADER_SIZE, MoveFlags, MoveHeader, RESPONSE_SIZE};
+use dmbridge_proto::status::Status;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The most bytes that are copied in one step.
+const STEP: u64 = 1 << 20;
+/// A mover leaves a queue for the next one after so many moves, or so many bytes.
+const TURN_MOVES: u32 = 64;
+const TURN_BYTES: u64 = 8 << 20;
+/// The end of a mover, as an epoll datum; queues have smaller numbers.
+const STOP: u64 = u64::MAX;
+
+/// A move queue in service.
+#[derive(Debug)]
+pub struct MoveQueue {
+    port: Arc<Port>,
+    max_segments: usize,
+    max_move_size: u64,
+    ring: Mutex<Option<Vring>>,
+    /// Asks for the ring: a copy that is under way ends at its next step.
+    stopping: AtomicBool,
+}
+
+impl MoveQueue {
+    fn ring(&self) -> MutexGuard<'_, Option<Vring>> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where used elements are announced.
+    pub fn set_call(&self, call: Option<Arc<EventFile>>) {
+        if let Some(ring) = &mut *self.ring() {
+            ring.set_call(call);
+        }
+    }
+}
+
+/// What a mover and the control thread share.
+#[derive(Debug)]
+struct Shared {
+    epoll: Epoll,
+    stop: EventFd,
+    queues: Mutex<HashMap<u64, Arc<MoveQueue>>>,
+    next: AtomicU64,
+}
+
+impl Shared {
+    fn queues(&self) -> MutexGuard<'_, HashMap<u64, Arc<MoveQueue>>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A thread that serves move queues.
+#[derive(Debug)]
+pub struct Mover {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A move queue that a mover serves.
+#[derive(Debug)]
+pub struct Served {
+    key: u64,
+    kick: RawFd,
+    queue: Arc<MoveQueue>,
+}
+
+impl Served {
+    /// The queue.
+    pub fn queue(&self) -> &MoveQueue {
+        &self.queue
+    }
+}
+
+impl Mover {
+    /// Starts the thread.
+    pub fn start(number: usize, engine: CpuEngine) -> io::Result<Mover> {
+        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let epoll = Epoll::new()?;
+        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
+        let shared = Arc::new(Shared { epoll, stop, queues: Mutex::default(), next: AtomicU64::new(0) });
+        let worker = Worker {
+            shared: shared.clone(),
+            engine,
+            chain: Chain::default(),
+            data: Vec::new(),
+            turns: VecDeque::new(),
+            waiting: HashSet::new(),
+        };
+        let thread =
+            std::thread::Builder::new().name(format!("dmb-mover-{number}")).spawn(move || worker.run())?;
+        Ok(Mover { shared, thread: Some(thread) })
+    }
+
+    /// Serves a queue from now on. `kick` is watched until [`withdraw`](Self::withdraw), and stays open so long.
+    pub fn serve(&self, port: Arc<Port>, limits: &Limits, ring: Vring, kick: RawFd) -> io::Result<Served> {
+        let queue = Arc::new(MoveQueue {
+            port,
+            max_segments: limits.max_segments as usize,
+            max_move_size: limits.max_move_size,
+            ring: Mutex::new(Some(ring)),
+            stopping: AtomicBool::new(false),
+        });
+        let key = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        self.shared.queues().insert(key, queue.clone());
+        let watch = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, key);
+        if let Err(error) = self.shared.epoll.ctl(ControlOperation::Add, kick, watch) {
+            self.shared.queues().remove(&key);
+            return Err(error);
+        }
+        Ok(Served { key, kick, queue })
+    }
+
+    /// Ends the service: nothing of the queue is touched any more when this returns. The ring, if it did not break.
+    pub fn withdraw(&self, served: Served) -> Option<Vring> {
+        let _ = self.shared.epoll.ctl(ControlOperation::Delete, served.kick, EpollEvent::default());
+        self.shared.queues().remove(&served.key);
+        served.queue.stopping.store(true, Ordering::Release);
+        served.queue.ring().take()
+    }
+}
+
+impl Drop for Mover {
+    fn drop(&mut self) {
+        let _ = self.shared.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread's own.
+struct Worker {
+    shared: Arc<Shared>,
+    engine: CpuEngine,
+    chain: Chain,
+    /// The data pieces of the move at hand.
+    data: Vec<Piece>,
+    /// Queues that have something to do, in turn, each once.
+    turns: VecDeque<u64>,
+    waiting: HashSet<u64>,
+}
+
+/// How a turn ended.
+enum Turn {
+    /// Nothing is left to do; the driver kicks for the next.
+    Idle,
+    /// Others first.
+    More,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut events = [EpollEvent::default(); 64];
+        loop {
+            let timeout = if self.turns.is_empty() { -1 } else { 0 };
+            let count = match self.shared.epoll.wait(timeout, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::error!("a mover cannot wait for kicks: {error}");
+                    return;
+                }
+            };
+            for event in &events[..count] {
+                match event.data() {
+                    STOP => return,
+                    key => self.enqueue(key),
+                }
+            }
+            if let Some(key) = self.turns.pop_front() {
+                self.waiting.remove(&key);
+                let queue = self.shared.queues().get(&key).cloned();
+                if let Some(Turn::More) = queue.map(|queue| self.turn(&queue)) {
+                    self.enqueue(key);
+                }
+            }
+        }
+    }
+
+    fn enqueue(&mut self, key: u64) {
+        if self.waiting.insert(key) {
+            self.turns.push_back(key);
+        }
+    }
+
+    fn turn(&mut self, queue: &MoveQueue) -> Turn {
+        let mut guard = queue.ring();
+        let Some(ring) = &mut *guard else { return Turn::Idle };
+        let turn = self.work(queue, ring);
+        let turn = turn.and_then(|turn| ring.notify(queue.port.memory.read().guest()).map(|()| turn));
+        queue.port.check_memory();
+        turn.unwrap_or_else(|broken| {
+            tracing::warn!(queue = "move", "{broken}; the queue is stopped");
+            if let Some(ring) = guard.take() {
+                ring.fail();
+            }
+            Turn::Idle
+        })
+    }
+
+    fn work(&mut self, queue: &MoveQueue, ring: &mut Vring) -> Result<Turn, Broken> {
+        let (mut moves, mut bytes) = (0, 0);
+        while !queue.stopping.load(Ordering::Acquire) {
+            let memory = queue.port.memory.read();
+            if moves == 0 {
+                ring.disable_kicks(memory.guest())?;
+            }
+            if !ring.pop(memory.guest(), &mut self.chain)? {
+                if ring.enable_kicks(memory.guest())? {
+                    continue;
+                }
+                return Ok(Turn::Idle);
+            }
+            drop(memory);
+            let answer = self.answer(queue, &mut bytes);
+            let memory = queue.port.memory.read();
+            let len = match answer {
+                Some(result) => {
+                    let counters = &queue.port.counters;
+                    let counter = if result.is_ok() { &counters.moves } else { &counters.refused };
+                    Counters::add(counter, 1);
+                    let mut response = [0; RESPONSE_SIZE];
+                    response[0] = Status::to_byte(&result);
+                    self.chain.respond(&memory, &response);
+                    RESPONSE_SIZE as u32
+                }
+                None => 0,
+            };
+            ring.push(memory.guest(), self.chain.head, len)?;
+            moves += 1;
+            if moves >= TURN_MOVES || bytes >= TURN_BYTES {
+                return Ok(Turn::More);
+            }
+        }
+        Ok(Turn::Idle)
+    }
+
+    /// Does the move in `self.chain`. `None` if the chain is malformed.
+    fn answer(&mut self, queue: &MoveQueue, bytes: &mut u64) -> Option<Result<(), Status>> {
+        let mut header = [0; HEADER_SIZE];
+        {
+            let memory = queue.port.memory.read();
+            if self.chain.malformed || !self.chain.takes_response(&memory, RESPONSE_SIZE) {
+                return None;
+            }
+            take_header(&memory, &self.chain.readable, &mut header, &mut self.data)?;
+        }
+        Some(MoveHeader::parse(&header).and_then(|header| self.execute(queue, &header, bytes)))
+    }
+
+    fn execute(&self, queue: &MoveQueue, header: &MoveHeader, bytes: &mut u64) -> Result<(), Status> {
+        let len: u64 = self.data.iter().map(|p| u64::from(p.len)).sum();
+        if len > queue.max_move_size || self.data.len() > queue.max_segments {
+            return Err(Status::TooBig);
+        }
+        let target = queue.port.target(header.token).ok_or(Status::NoEntry)?;
+        if header.offset.checked_add(len).is_none_or(|end| end > target.size) {
+            return Err(Status::Invalid);
+        }
+        let mut copy = Copy {
+            engine: self.engine,
+            source: &queue.port,
+            target: &target,
+            data: &self.data,
+            piece: 0,
+            at: 0,
+            offset: header.offset,
+        };
+        {
+            let memory = queue.port.memory.read();
+            if !self.data.iter().all(|p| p.len == 0 || memory.holds(p.addr, p.len.into())) {
+                return Err(Status::Fault);
+            }
+        }
+        let mut left = len;
+        loop {
+            let home = target.open();
+            let Some(home) = &*home else {
+                return Err(if left == len { Status::NoEntry } else { Status::Reset });
+            };
+            let step = left.min(STEP);
+            copy.step(home, step)?;
+            left -= step;
+            if left == 0 {
+                notify(home, &target, header, &queue.port.counters)?;
+                break;
+            }
+            if queue.stopping.load(Ordering::Acquire) {
+                return Err(Status::Reset);
+            }
+        }
+        if len != 0 {
+            Counters::add(&queue.port.counters.bytes, len);
+            *bytes += len;
+        }
+        if !Arc::ptr_eq(&queue.port, &target.owner) {
+            target.owner.check_memory();
+        }
+        Ok(())
+    }
+}
+
+/// Reads the header and leaves the data's pieces in `data`. `None` if there is too little, if it is not guest memory, or
+/// if header and data share a descriptor.
+fn take_header(
+    memory: &DeviceMemory,
+    readable: &[Piece],
+    header: &mut [u8; HEADER_SIZE],
+    data: &mut Vec<Piece>,
+) -> Option<()> {
+    let mut filled = 0;
+    let mut pieces = readable.iter();
+    while filled < HEADER_SIZE {
+        let piece = pieces.next()?;
+        let end = filled + piece.len as usize;
+        if !memory.read(piece.addr, header.get_mut(filled..end)?) {
+            return None;
+        }
+        filled = end;
+    }
+    data.clear();
+    data.extend(pieces);
+    Some(())
+}
+
+/// A copy under way.
+struct Copy<'a> {
+    engine: CpuEngine,
+    source: &'a Port,
+    target: &'a Target,
+    data: &'a [Piece],
+    /// The piece to go on with, and where in it.
+    piece: usize,
+    at: u64,
+    /// Where to go on in the DMB.
+    offset: u64,
+}
+
+impl Copy<'_> {
+    /// Copies the next `len` bytes. Both memory tables are held meanwhile, and only so long.
+    fn step(&mut self, home: &Home, len: u64) -> Result<(), Status> {
+        if len == 0 {
+            return Ok(());
+        }
+        let source = self.source.memory.read();
+        let other;
+        let owner: &DeviceMemory = match home {
+            Home::Ram { .. } if !std::ptr::eq(self.source, &*self.target.owner) => {
+                other = self.target.owner.memory.read();
+                &other
+            }
+            _ => &source,
+        };
+        let mut left = len;
+        while left > 0 {
+            // The sizes were checked: there are pieces for all of `left`. What no longer resolves was taken out of a
+            // memory table while the copy was under way.
+            let piece = self.data.get(self.piece).ok_or(Status::Reset)?;
+            let rest = u64::from(piece.len) - self.at;
+            if rest == 0 {
+                (self.piece, self.at) = (self.piece + 1, 0);
+                continue;
+            }
+            let (src, run) = source.host(piece.addr + self.at, rest.min(left)).ok_or(Status::Reset)?;
+            let (dst, run) = home.host(self.offset, run, owner).ok_or(Status::Reset)?;
+            // SAFETY: both runs are mapped: the source's by its memory table, the destination's by the extent or by the
+            // owner's table, and all three are held. They may be guests' memory, so no reference to them exists.
+            unsafe { self.engine.copy(src, dst, run as usize) };
+            self.at += run;
+            self.offset += run;
+            left -= run;
+        }
+        Ok(())
+    }
+}
+
+impl Home {
+    /// Our address of the DMB's byte at `offset`, and how many of `len` follow it there in one piece.
+    fn host(&self, offset: u64, len: u64, owner: &DeviceMemory) -> Option<(*mut u8, u64)> {
+        match self {
+            Home::Pool { file, offset: start, .. } => Some((file.at(start + offset, len), len)),
+            Home::Ram { segments, .. } => {
+                let at = segments.partition_point(|s| s.offset <= offset).checked_sub(1)?;
+                let segment = segments[at];
+                let inside = offset - segment.offset;
+                owner.host(segment.addr + inside, len.min(segment.len.checked_sub(inside)?))
+            }
+        }
+    }
+}
+
+/// After the data: sets the bits, and wakes the owner as it asked to be woken (`docs/device.md`, 9).
+fn notify(home: &Home, target: &Target, header: &MoveHeader, counters: &Counters) -> Result<(), Status> {
+    let mut ring = header.flags.contains(MoveFlags::RING);
+    if header.flags.contains(MoveFlags::SIGNAL) {
+        let wake = home.with_line(&target.owner, |line| {
+            let wake = line.signal(header.mask);
+            if wake == Some(Wake::Futex) {
+                futex_wake(line.futex_word());
+            }
+            wake
+        });
+        match wake.ok_or(Status::Reset)? {
+            Some(Wake::Signal) => ring = true,
+            Some(Wake::Futex) => Counters::add(&counters.rung, 1),
+            None if !ring => Counters::add(&counters.suppressed, 1),
+            None => {}
+        }
+    }
+    if ring {
+        Counters::add(&counters.rung, 1);
+        let event = Event::Signal { index: target.index, token: target.token, gid: target.sender };
+        // A signal merges with one that waits, so there is always room.
+        let _ = target.owner.tell(event);
+    }
+    Ok(())
+}
+
+/// Wakes one waiter, in whatever process.
+fn futex_wake(word: &std::sync::atomic::AtomicU32) {
+    // SAFETY: FUTEX_WAKE takes an address and a number; the word is mapped. It does not read or write the word.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, 1) };
+}

@@ -1,0 +1,162 @@
+//! The memory of one extent: a sealed memfd, and our mapping of it. Not who may use which part of it.
+//!
+//! Each extent has a file of its own, so that the descriptor that a front-end gets with `SHMEM_MAP` reveals one pair's
+//! memory and no more. The seals make the file's size final: nobody can take memory away under anybody else.
+
+use dmbridge_proto::line::ControlLine;
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// Ranges from this size on are zeroed by giving their memory back.
+const PUNCH_FROM: u64 = 256 << 10;
+
+/// A sealed file in memory, mapped.
+#[derive(Debug)]
+pub struct MemFile {
+    file: File,
+    start: *mut u8,
+    size: u64,
+    huge: bool,
+}
+
+// SAFETY: `start` is the address of a mapping that lives as long as the value; every access goes through raw pointers
+// and atomics, because guests access the memory at the same time.
+unsafe impl Send for MemFile {}
+// SAFETY: as above.
+unsafe impl Sync for MemFile {}
+
+impl MemFile {
+    /// `size` bytes of zeroes, in pages of `huge_pages` bytes if given, which are then taken at once.
+    pub fn new(size: u64, huge_pages: Option<u64>) -> io::Result<MemFile> {
+        let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        if let Some(page) = huge_pages {
+            // The size is told as its logarithm, as for mmap.
+            flags |= MFdFlags::MFD_HUGETLB
+                | MFdFlags::from_bits_retain(page.trailing_zeros() << libc::MFD_HUGE_SHIFT);
+        }
+        let fd = memfd_create(c"dmbridge-extent", flags)?;
+        let file = File::from(fd);
+        file.set_len(size)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        if huge_pages.is_some() {
+            // A huge page that is missing later would be a SIGBUS; here it is an error.
+            fallocate(&file, FallocateFlags::empty(), 0, size as i64)?;
+        }
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        // SAFETY: a new mapping of a file that is `size` bytes long and cannot shrink.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the range is the mapping that was just made; the advice changes no content.
+        unsafe { libc::madvise(start, size as usize, libc::MADV_DONTDUMP) };
+        Ok(MemFile { file, start: start.cast(), size, huge: huge_pages.is_some() })
+    }
+
+    /// The file, for front-ends to map.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Our address of `len` bytes at `offset`; they stay mapped as long as the file is borrowed.
+    ///
+    /// # Panics
+    ///
+    /// If they are not inside.
+    pub fn at(&self, offset: u64, len: u64) -> *mut u8 {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.size), "outside of the extent");
+        self.start.wrapping_add(offset as usize)
+    }
+
+    /// The control line at `offset`.
+    pub fn line(&self, offset: u64) -> &ControlLine {
+        let ptr = self.at(offset, dmbridge_proto::extent::LINE_SIZE);
+        assert!(ptr.addr().is_multiple_of(64), "a control line is aligned to 64 bytes");
+        // SAFETY: aligned and mapped, as checked, for as long as `self` is borrowed; others are guests.
+        unsafe { ControlLine::from_ptr(ptr) }
+    }
+
+    /// Makes `len` bytes at `offset`, both multiples of the page size, zero.
+    pub fn zero(&self, offset: u64, len: u64) {
+        if len >= PUNCH_FROM && !self.huge && self.punch(offset, len) {
+            return;
+        }
+        let ptr = self.at(offset, len);
+        // SAFETY: mapped for `len` bytes, as checked; nobody of this process accesses memory that no DMB uses.
+        unsafe { std::ptr::write_bytes(ptr, 0, len as usize) };
+    }
+
+    /// Gives all of the memory back to the host, so that it reads as zeroes. False if it could not be: huge pages stay,
+    /// because nobody knows whether the host would have them again.
+    pub fn release(&self) -> bool {
+        !self.huge && self.punch(0, self.size)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> bool {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&self.file, flags, offset as i64, len as i64).is_ok()
+    }
+}
+
+impl Drop for MemFile {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`; nobody holds an address beyond the life of the value.
+        unsafe { libc::munmap(self.start.cast(), self.size as usize) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn nobody_can_change_the_size_of_the_file() {
+        let file = MemFile::new(1 << 20, None).unwrap();
+        let theirs = File::from(file.fd().try_clone_to_owned().unwrap());
+        assert!(theirs.set_len(0).is_err());
+        assert!(theirs.set_len(2 << 20).is_err());
+    }
+
+    #[test]
+    fn zeroing_reaches_every_byte_of_its_range_and_no_other() {
+        let file = MemFile::new(1 << 20, None).unwrap();
+        for (offset, len) in [(4096, 8192), (4096, PUNCH_FROM)] {
+            // SAFETY: inside of the mapping, as `at` checks.
+            unsafe { std::ptr::write_bytes(file.at(0, 1 << 20), 0xa5, 1 << 20) };
+            file.zero(offset, len);
+            for at in 0..1 << 20 {
+                // SAFETY: as above.
+                let byte = unsafe { file.at(at, 1).read_volatile() };
+                assert_eq!(byte == 0, (offset..offset + len).contains(&at), "{at}");
+            }
+        }
+    }
+
+    #[test]
+    fn released_memory_goes_back_to_the_host() {
+        let file = MemFile::new(1 << 20, None).unwrap();
+        // SAFETY: inside of the mapping, as `at` checks.
+        unsafe { std::ptr::write_bytes(file.at(0, 1 << 20), 0xa5, 1 << 20) };
+        assert!(file.file.metadata().unwrap().blocks() > 0);
+        assert!(file.release());
+        assert_eq!(file.file.metadata().unwrap().blocks(), 0);
+    }
+}

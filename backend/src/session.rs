@@ -1,0 +1,248 @@
+//! One front-end's connection: what it negotiated, its rings, its place in the fabric. Not the messages themselves
+//! (`handler.rs`), nor when they are read (`control.rs`).
+
+use crate::fabric::{Attempt, DeviceId};
+use crate::frontend::Channel;
+use crate::hub::PeerCredentials;
+use crate::mover::Served;
+use crate::notify::EventFile;
+use crate::port::Port;
+use crate::settings::Limits;
+use crate::throttle::Throttle;
+use crate::vring::{Layout, Piece, Vring};
+use dmbridge_proto::FIRST_MOVE_QUEUE;
+use dmbridge_proto::config::{Config, MAGIC, VERSION_MAJOR};
+use dmbridge_proto::features::Features;
+use dmbridge_proto::ids::Gid;
+use dmbridge_proto::shm::CopyPlan;
+use std::fs::File;
+use std::sync::Arc;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
+
+/// Protocol features that the device offers.
+pub const PROTOCOL_FEATURES: Protocol = Protocol::MQ
+    .union(Protocol::REPLY_ACK)
+    .union(Protocol::BACKEND_REQ)
+    .union(Protocol::BACKEND_SEND_FD)
+    .union(Protocol::CONFIG)
+    .union(Protocol::CONFIGURE_MEM_SLOTS)
+    .union(Protocol::RESET_DEVICE)
+    .union(Protocol::SHMEM);
+/// What of them mapping takes: requests with memory, and replies to them.
+const MAP_FEATURES: Protocol = Protocol::SHMEM.union(Protocol::BACKEND_REQ).union(Protocol::REPLY_ACK);
+
+/// Where a front-end came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// To the configured device with this number.
+    Configured(usize),
+    /// To the hub.
+    Hub,
+}
+
+/// A ring, as far as the front-end has described it.
+#[derive(Debug, Default)]
+pub struct Ring {
+    /// Number of descriptors; 0 until it is told.
+    pub size: u16,
+    /// The front-end's own addresses of descriptors, used and available ring.
+    pub addresses: Option<(u64, u64, u64)>,
+    /// Index of the next available element.
+    pub base: u16,
+    /// The front-end has enabled it.
+    pub enabled: bool,
+    /// Watched for kicks while the ring is in service.
+    pub kick: Option<File>,
+    /// Where used elements are announced.
+    pub call: Option<Arc<EventFile>>,
+    /// Where its end is announced.
+    pub err: Option<Arc<EventFile>>,
+    /// Whether it is in service.
+    pub service: Service,
+}
+
+/// Who serves a ring.
+#[derive(Debug, Default)]
+pub enum Service {
+    /// Nobody yet.
+    #[default]
+    None,
+    /// Nobody any more: it could not be followed.
+    Broken,
+    /// The control thread.
+    Control(Box<Vring>),
+    /// Whoever has an event for the device.
+    Event,
+    /// The mover with this number.
+    Move(usize, Served),
+}
+
+impl Ring {
+    /// Whether the front-end has done everything for it to be served.
+    pub fn ready(&self) -> bool {
+        matches!(self.service, Service::None)
+            && self.enabled
+            && self.kick.is_some()
+            && self.size != 0
+            && self.addresses.is_some()
+    }
+
+    /// The ring, at the front-end's addresses as its memory table translates them.
+    pub fn vring(&self, port: &Port, features: Features) -> Result<Vring, crate::vring::Broken> {
+        let memory = port.memory.read();
+        let (descriptors, used, available) = self.addresses.unwrap_or_default();
+        let at = |addr| {
+            memory.guest_addr_of(addr).ok_or(crate::vring::Broken::from(virtio_queue::Error::AddressOverflow))
+        };
+        let layout = Layout {
+            size: self.size,
+            descriptors: at(descriptors)?,
+            available: at(available)?,
+            used: at(used)?,
+            base: self.base,
+            event_idx: features.contains(Features::RING_EVENT_IDX),
+        };
+        let mut vring = Vring::new(layout, memory.guest())?;
+        vring.set_call(self.call.clone());
+        vring.set_err(self.err.clone());
+        Ok(vring)
+    }
+
+    /// The ring cannot be served.
+    pub fn fail(&mut self) {
+        self.service = Service::Broken;
+        if let Some(err) = &self.err {
+            err.signal();
+        }
+    }
+}
+
+/// A command that waits for its front-end.
+#[derive(Debug)]
+pub struct Suspended {
+    /// Its readable bytes.
+    pub request: Vec<u8>,
+    /// Its chain.
+    pub head: u16,
+    /// Where its answer goes.
+    pub writable: Vec<Piece>,
+    /// What came while the ring was disabled.
+    pub answer: Option<Attempt>,
+}
+
+/// One front-end's connection.
+#[derive(Debug)]
+pub struct Session {
+    /// What people call the device.
+    pub name: Arc<str>,
+    /// Where the front-end came from.
+    pub origin: Origin,
+    /// Who it is.
+    pub peer: Option<PeerCredentials>,
+    /// The device's GID.
+    pub gid: Gid,
+    /// The device's group.
+    pub group: Arc<str>,
+    /// What the device may use.
+    pub limits: Limits,
+    /// What other threads see of it.
+    pub port: Arc<Port>,
+    /// Virtio features that the driver accepted.
+    pub features: u64,
+    /// Protocol features that the front-end accepted.
+    pub protocol: Protocol,
+    /// All queues.
+    pub rings: Vec<Ring>,
+    /// The device in the fabric, while it is started.
+    pub device: Option<DeviceId>,
+    /// The command that waits.
+    pub suspended: Option<Suspended>,
+    /// For requests to the front-end.
+    pub channel: Option<Channel>,
+    /// Slows the control queue down.
+    pub throttle: Throttle,
+    /// Commands answered.
+    pub commands: u64,
+}
+
+impl Session {
+    /// A front-end that just connected.
+    pub fn new(
+        name: Arc<str>,
+        origin: Origin,
+        peer: Option<PeerCredentials>,
+        gid: Gid,
+        group: Arc<str>,
+        limits: Limits,
+        port: Arc<Port>,
+    ) -> Session {
+        let queues = usize::from(FIRST_MOVE_QUEUE) + usize::from(limits.move_queues);
+        Session {
+            name,
+            origin,
+            peer,
+            gid,
+            group,
+            limits,
+            port,
+            features: 0,
+            protocol: Protocol::empty(),
+            rings: (0..queues).map(|_| Ring::default()).collect(),
+            device: None,
+            suspended: None,
+            channel: None,
+            throttle: Throttle::new(limits.commands_per_second),
+            commands: 0,
+        }
+    }
+
+    /// Whether the front-end can map, as far as it has said.
+    fn can_map(&self) -> bool {
+        self.protocol.contains(MAP_FEATURES)
+    }
+
+    /// Virtio features that the device offers this front-end now.
+    pub fn offered(&self) -> u64 {
+        let mut features = Features::all();
+        features.set(Features::MAP, self.can_map());
+        features.bits() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    /// Virtio features that the driver accepted.
+    pub fn accepted(&self) -> Features {
+        Features::from_bits_truncate(self.features)
+    }
+
+    /// What driver and front-end can do.
+    pub fn capabilities(&self) -> crate::fabric::Capabilities {
+        let features = self.accepted();
+        crate::fabric::Capabilities {
+            map: features.contains(Features::MAP) && self.can_map() && self.channel.is_some(),
+            ram: features.contains(Features::RAM_DMB),
+            futex: features.contains(Features::FUTEX),
+        }
+    }
+
+    /// The configuration space.
+    pub fn config(&self, fabric_id: u16, system_eid: [u8; 32], plan: CopyPlan) -> Config {
+        let limits = &self.limits;
+        Config {
+            magic: MAGIC,
+            version_major: VERSION_MAJOR.into(),
+            version_minor: 0.into(),
+            fabric_id: fabric_id.into(),
+            move_queues: limits.move_queues.into(),
+            gid: self.gid,
+            system_eid,
+            window_size: if self.can_map() { limits.window_size } else { 0 }.into(),
+            max_dmb_size: limits.max_dmb_size.into(),
+            max_dmb_bytes: limits.max_dmb_bytes.into(),
+            max_dmbs: limits.max_dmbs.into(),
+            max_segments: limits.max_segments.into(),
+            max_move_size: limits.max_move_size.into(),
+            granule: (dmbridge_proto::GRANULE as u32).into(),
+            copy_plan: plan.to_bytes(),
+            reserved: [0; 4],
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The device's end of a split virtqueue: chains out, used elements in, notifications. Not what is in a chain.
+//!
+//! `virtio-queue` walks the rings; what it leaves to its users is done here, in one place: a chain that ends early
+//! because it is malformed is told from one that ends, its order (readable before writable) and its length are checked,
+//! and a ring that cannot be followed is stopped for good.
+
+use crate::memory::DeviceMemory;
+use crate::notify::EventFile;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// A piece of guest memory in a chain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// Guest-physical address, not checked.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+/// A descriptor chain, read once. Reused from chain to chain, so that its memory is.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// Index of its first descriptor: its name in the used ring.
+    pub head: u16,
+    /// Whether it breaks the ring format: then nothing else in it means anything.
+    pub malformed: bool,
+    /// What the device may read, in order.
+    pub readable: Vec<Piece>,
+    /// What the device may write, in order.
+    pub writable: Vec<Piece>,
+}
+
+impl Chain {
+    /// Bytes that the device may read.
+    pub fn readable_len(&self) -> u64 {
+        self.readable.iter().map(|p| u64::from(p.len)).sum()
+    }
+
+    /// Bytes that the device may write.
+    pub fn writable_len(&self) -> u64 {
+        self.writable.iter().map(|p| u64::from(p.len)).sum()
+    }
+
+    /// Whether `len` bytes can be written to the start of the writable part.
+    pub fn takes_response(&self, memory: &DeviceMemory, len: usize) -> bool {
+        let mut left = len as u64;
+        let all_there = self.writable.iter().all(|piece| {
+            let len = left.min(piece.len.into());
+            left -= len;
+            len == 0 || memory.holds(piece.addr, len)
+        });
+        all_there && left == 0
+    }
+
+    /// Writes `bytes` to the start of the writable part. False, and nothing is written, if they do not fit there.
+    pub fn respond(&self, memory: &DeviceMemory, bytes: &[u8]) -> bool {
+        if !self.takes_response(memory, bytes.len()) {
+            return false;
+        }
+        let mut rest = bytes;
+        for piece in &self.writable {
+            let (now, later) = rest.split_at(rest.len().min(piece.len as usize));
+            if !now.is_empty() && !memory.write(piece.addr, now) {
+                return false;
+            }
+            rest = later;
+        }
+        true
+    }
+}
+
+/// The ring cannot be followed any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the ring cannot be followed: {0}")]
+pub struct Broken(#[from] virtio_queue::Error);
+
+/// A ring that is being served.
+#[derive(Debug)]
+pub struct Vring {
+    queue: Queue,
+    call: Option<Arc<EventFile>>,
+    err: Option<Arc<EventFile>>,
+    /// Used elements were added since the last notification.
+    unnotified: bool,
+}
+
+/// What is known of a ring before it is served, and after.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest address of the available ring.
+    pub available: u64,
+    /// Guest address of the used ring.
+    pub used: u64,
+    /// Index of the next available element, and of the next used.
+    pub base: u16,
+    /// Whether `VIRTIO_F_EVENT_IDX` was accepted.
+    pub event_idx: bool,
+}
+
+impl Vring {
+    /// A ring at these addresses, if all of it is guest memory.
+    pub fn new(layout: Layout, memory: &GuestMemoryMmap) -> Result<Vring, Broken> {
+        let mut queue = Queue::new(dmbridge_proto::MAX_QUEUE_SIZE)?;
+        queue.try_set_size(layout.size)?;
+        queue.try_set_desc_table_address(GuestAddress(layout.descriptors))?;
+        queue.try_set_avail_ring_address(GuestAddress(layout.available))?;
+        queue.try_set_used_ring_address(GuestAddress(layout.used))?;
+        queue.set_event_idx(layout.event_idx);
+        queue.set_next_avail(layout.base);
+        queue.set_ready(true);
+        if !queue.is_valid(memory) {
+            return Err(Broken(virtio_queue::Error::QueueNotReady));
+        }
+        // The used index is in the ring: a device that takes over goes on from there.
+        let used = queue.used_idx(memory, Ordering::Acquire)?;
+        queue.set_next_used(used.0);
+        Ok(Vring { queue, call: None, err: None, unnotified: false })
+    }
+
+    /// Where used elements are announced.
+    pub fn set_call(&mut self, call: Option<Arc<EventFile>>) {
+        self.call = call;
+        // What was used while there was none to call is announced now.
+        if let (Some(call), true) = (&self.call, self.unnotified) {
+            self.unnotified = false;
+            call.signal();
+        }
+    }
+
+    /// Where the end of the ring is announced.
+    pub fn set_err(&mut self, err: Option<Arc<EventFile>>) {
+        self.err = err;
+    }
+
+    /// Ends the ring because it cannot be followed.
+    pub fn fail(self) {
+        if let Some(err) = self.err {
+            err.signal();
+        }
+    }
+
+    /// Index of the next available element.
+    pub fn base(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// Takes the next available chain into `chain`. False if there is none.
+    pub fn pop(&mut self, memory: &GuestMemoryMmap, chain: &mut Chain) -> Result<bool, Broken> {
+        let limit = usize::from(self.queue.size());
+        let Some(descriptors) = self.queue.iter(memory)?.next() else { return Ok(false) };
+        chain.head = descriptors.head_index();
+        chain.readable.clear();
+        chain.writable.clear();
+        // What the iterator stops at is malformed unless the descriptor before it was the last.
+        chain.malformed = true;
+        for descriptor in descriptors {
+            let piece = Piece { addr: descriptor.addr().0, len: descriptor.len() };
+            if descriptor.is_write_only() {
+                chain.writable.push(piece);
+            } else if chain.writable.is_empty() {
+                chain.readable.push(piece);
+            } else {
+                chain.malformed = true;
+                break;
+            }
+            if chain.readable.len() + chain.writable.len() > limit {
+                chain.malformed = true;
+                break;
+            }
+            chain.malformed = descriptor.has_next();
+        }
+        Ok(true)
+    }
+
+    /// Gives a chain back, of whose writable bytes the first `len` were written.
+    pub fn push(&mut self, memory: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), Broken> {
+        self.queue.add_used(memory, head, len)?;
+        self.unnotified = true;
+        Ok(())
+    }
+
+    /// Tells the driver what was used since the last time, if it wants to know.
+    pub fn notify(&mut self, memory: &GuestMemoryMmap) -> Result<(), Broken> {
+        if !self.unnotified {
+            return Ok(());
+        }
+        let wanted = self.queue.needs_notification(memory)?
+            && (self.queue.event_idx_enabled() || !self.interrupts_suppressed(memory)?);
+        match &self.call {
+            Some(call) if wanted => call.signal(),
+            None if wanted => return Ok(()),
+            _ => {}
+        }
+        self.unnotified = false;
+        Ok(())
+    }
+
+    /// `VRING_AVAIL_F_NO_INTERRUPT`, which counts without `VIRTIO_F_EVENT_IDX`.
+    fn interrupts_suppressed(&self, memory: &GuestMemoryMmap) -> Result<bool, Broken> {
+        let flags: u16 = memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+    }
+
+    /// Asks to be kicked for the next chain. True if one is there already.
+    pub fn enable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Broken> {
+        Ok(self.queue.enable_notification(memory)?)
+    }
+
+    /// Asks not to be kicked, while the ring is being worked on.
+    pub fn disable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<(), Broken> {
+        Ok(self.queue.disable_notification(memory)?)
+    }
+}
