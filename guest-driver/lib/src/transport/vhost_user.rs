@@ -120,6 +120,8 @@ impl VhostUser {
             wanted |= can_map;
         }
         frontend.set_protocol_features(wanted).map_err(vhost("SET_PROTOCOL_FEATURES"))?;
+        // What the device offers depends on what the front-end can do.
+        let offered = frontend.get_features().map_err(vhost("GET_FEATURES"))?;
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
 
         let mut window = None;
