@@ -8,5 +8,7 @@ pub mod daemon;
 pub mod deadline;
 pub mod frontend;
 pub mod memory;
+pub mod pair;
 pub mod ring;
+pub mod vm;
 pub mod window;
