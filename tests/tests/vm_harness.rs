@@ -1,7 +1,7 @@
 //! The harness itself: commands in a guest behave as they would here, and a reset guest can be used again.
 
 use dmbridge_tests::vm::shared::{Lent, Shared};
-use dmbridge_tests::vm::{Vm, VmOptions};
+use dmbridge_tests::vm::{Running, Vm, VmOptions};
 use nix::sys::signal::Signal;
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
@@ -43,10 +43,13 @@ fn commands_run_side_by_side_and_are_talked_to() {
     let vm = vm();
     let mut first = vm.start_command(&["cat"]);
     let mut second = vm.start_command(&["cat"]);
-    for (text, command) in [("one", &mut first), ("two", &mut second), ("three", &mut first)] {
+    let say = |text: &str, command: &mut Running| {
         command.write(format!("{text}\n").as_bytes()).unwrap();
         assert_eq!(command.line(DEADLINE).unwrap(), text);
-    }
+    };
+    say("one", &mut first);
+    say("two", &mut second);
+    say("three", &mut first);
     first.end_input().unwrap();
     assert_eq!(first.wait(DEADLINE).unwrap().text(), "one\nthree\n");
     second.signal(Signal::SIGKILL).unwrap();
