@@ -39,7 +39,12 @@ impl Daemon {
                 bail!("{} ended while it started: {status}", program.display());
             }
             if Instant::now() > deadline {
-                bail!("{} did not serve {} within {} seconds", program.display(), hub.display(), START.as_secs());
+                bail!(
+                    "{} did not serve {} within {} seconds",
+                    program.display(),
+                    hub.display(),
+                    START.as_secs()
+                );
             }
             std::thread::sleep(Duration::from_millis(2));
         }

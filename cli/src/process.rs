@@ -55,12 +55,16 @@ pub fn own_program() -> Result<Command> {
 pub fn pin(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu).with_context(|| format!("CPU {cpu} does not exist"))?;
-    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("this process may not run on CPU {cpu}"))
+    sched_setaffinity(Pid::from_raw(0), &set)
+        .with_context(|| format!("this process may not run on CPU {cpu}"))
 }
 
 /// Where a program is: next to this one, else in `PATH`.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(name)));
     let path = std::env::var_os("PATH").unwrap_or_default();
-    beside.into_iter().chain(std::env::split_paths(&path).map(|dir| dir.join(name))).find(|file| file.is_file())
+    beside
+        .into_iter()
+        .chain(std::env::split_paths(&path).map(|dir| dir.join(name)))
+        .find(|file| file.is_file())
 }

@@ -151,7 +151,8 @@ fn hypervisor() -> Option<String> {
 }
 
 fn usable_cpus() -> Result<Vec<usize>> {
-    let set = sched_getaffinity(Pid::from_raw(0)).context("the system does not say which CPUs may be used")?;
+    let set =
+        sched_getaffinity(Pid::from_raw(0)).context("the system does not say which CPUs may be used")?;
     Ok((0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect())
 }
 

@@ -135,7 +135,10 @@ fn refuse_nonsense(args: &Args, lines: &[Line]) -> Result<()> {
     for case in args.cases.iter().filter(|case| case.work().is_some()) {
         if !lines.iter().any(|line| line.name == case.name()) {
             let asked = names(&args.transports);
-            return Err(usage(format!("{} says nothing over {asked}; choose another transport for it", case.name())));
+            return Err(usage(format!(
+                "{} says nothing over {asked}; choose another transport for it",
+                case.name()
+            )));
         }
     }
     for transport in &args.transports {
@@ -239,7 +242,9 @@ impl Progress {
     fn new(lines: &[Line], rounds: u32) -> Progress {
         let runs: usize = lines.iter().map(|line| line.transports.len()).sum();
         let bar = ProgressBar::new(runs as u64 * u64::from(rounds));
-        if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {elapsed} of {duration}  {msg}") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{bar:30} {percent:>3} %  {elapsed} of {duration}  {msg}")
+        {
             bar.set_style(style);
         }
         Progress { bar, case: String::new() }

@@ -48,7 +48,9 @@ pub fn run(job: &Job) -> Result<Outcome> {
             }
             fds.iter().map(|fd| fd.any().unwrap_or(false)).collect()
         };
-        for (slot, _) in running.iter_mut().filter(|slot| slot.is_some()).zip(ready).filter(|(_, ready)| *ready) {
+        for (slot, _) in
+            running.iter_mut().filter(|slot| slot.is_some()).zip(ready).filter(|(_, ready)| *ready)
+        {
             let Some((role, _, output, text)) = slot else { continue };
             let mut piece = [0; 64 << 10];
             let n = output.read(&mut piece)?;

@@ -231,7 +231,9 @@ impl Transport {
             Work::Stream { .. } => {
                 matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Ring | Memcpy)
             }
-            Work::Produce { .. } => matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Ring),
+            Work::Produce { .. } => {
+                matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Ring)
+            }
             Work::Move { .. } => matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Ucx | Memcpy),
         }
     }

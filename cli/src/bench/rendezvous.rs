@@ -4,7 +4,8 @@
 use anyhow::{Context, Result, bail, ensure};
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -38,7 +39,8 @@ impl Rendezvous {
     /// Waits for what the other process tells.
     pub fn hear<T: DeserializeOwned>(&self) -> Result<T> {
         let (bytes, _) = self.receive()?;
-        serde_json::from_slice(&bytes).context("the other process of the measurement said something unexpected")
+        serde_json::from_slice(&bytes)
+            .context("the other process of the measurement said something unexpected")
     }
 
     /// Gives the other process a file.
@@ -61,8 +63,9 @@ impl Rendezvous {
         let files = file.as_slice();
         let control = [ControlMessage::ScmRights(files)];
         let control = if files.is_empty() { &[] } else { control.as_slice() };
-        let sent = sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
-            .context("the other process of the measurement has ended")?;
+        let sent =
+            sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
+                .context("the other process of the measurement has ended")?;
         ensure!(sent == bytes.len());
         Ok(())
     }

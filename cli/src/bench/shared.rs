@@ -27,7 +27,8 @@ impl Shared {
         let len = NonZeroUsize::new(len).context("shared memory of no bytes")?;
         let file = match role {
             Role::A => {
-                let file = memfd_create("dmbridge-bench", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+                let file =
+                    memfd_create("dmbridge-bench", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
                 ftruncate(&file, len.get() as i64).context("there is not enough memory")?;
                 fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
                 let shared = Shared::map(&file, len)?;
@@ -48,7 +49,8 @@ impl Shared {
         // SAFETY: the range is this mapping. The first is a wish that may be refused; the second only makes pages.
         unsafe {
             let _ = madvise(start, len.get(), MmapAdvise::MADV_HUGEPAGE);
-            madvise(start, len.get(), MmapAdvise::MADV_POPULATE_WRITE).context("there is not enough memory")?;
+            madvise(start, len.get(), MmapAdvise::MADV_POPULATE_WRITE)
+                .context("there is not enough memory")?;
         }
         Ok(shared)
     }

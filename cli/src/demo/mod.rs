@@ -5,5 +5,9 @@ pub const WORKER: &str = "demo-worker";
 pub struct Args {}
 #[derive(clap::Args)]
 pub struct WorkerArgs {}
-pub fn run(_: Args) -> Result<()> { Ok(()) }
-pub fn work(_: WorkerArgs) -> Result<()> { Ok(()) }
+pub fn run(_: Args) -> Result<()> {
+    Ok(())
+}
+pub fn work(_: WorkerArgs) -> Result<()> {
+    Ok(())
+}

@@ -1,15 +1,19 @@
 //! One message there, one back: latency, and the rate of requests.
 //!
-//! The value is the mean over many round trips with no clock in between. Single round trips are timed in another
-//! phase, with the processor's own counter, for the distribution.
+//! The value is the mean of many round trips with no clock in between: of the middle one of several batches, so that a
+//! moment in which something else ran on the machine does not decide. Single round trips are timed in another phase,
+//! with the processor's own counter, for the distribution.
 
 use anyhow::Result;
 use std::time::{Duration, Instant};
 
 use super::phase;
-use crate::bench::measure::{Outcome, Samples, Ticker, ticks};
+use crate::bench::measure::{Outcome, Samples, Ticker, median, ticks};
 use crate::bench::transport::Duplex;
 use crate::bench::worker::{Role, Worker};
+
+/// Batches of round trips whose mean is taken.
+const BATCHES: usize = 25;
 
 /// Plays A's or B's part. The value is in nanoseconds per round trip.
 pub fn run<D: Duplex>(worker: &mut Worker, end: &mut D, bytes: usize) -> Result<Option<Outcome>> {
@@ -44,12 +48,16 @@ fn ask<D: Duplex>(end: &mut D, message: &mut [u8], duration: Duration) -> Result
     }
     let each = start.elapsed() / warm;
 
-    let count = (duration.as_secs_f64() * 0.6 / each.as_secs_f64()).ceil().max(1.0);
-    let start = Instant::now();
-    for _ in 0..count as u64 {
-        round_trip(end)?;
+    let count = (duration.as_secs_f64() * 0.6 / BATCHES as f64 / each.as_secs_f64()).ceil().max(1.0);
+    let mut means = Vec::with_capacity(BATCHES);
+    for _ in 0..BATCHES {
+        let start = Instant::now();
+        for _ in 0..count as u64 {
+            round_trip(end)?;
+        }
+        means.push(start.elapsed().as_nanos() as f64 / count);
     }
-    let value = start.elapsed().as_nanos() as f64 / count;
+    let value = median(&means);
 
     let mut samples = Samples::new();
     let (first, mut before, mut passed) = (ticks(), ticks(), 0);

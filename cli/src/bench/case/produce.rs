@@ -11,17 +11,26 @@ use crate::bench::worker::{Role, Worker};
 /// An odd number without a pattern in its bits.
 const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The word at a position of a message that starts with `first`.
+/// The words of a message that starts with `first`.
 #[inline]
-fn word(first: u64, position: usize) -> u64 {
-    first.wrapping_add(STRIDE.wrapping_mul(position as u64))
+fn words_from(first: u64) -> impl FnMut() -> u64 {
+    let mut next = first;
+    move || {
+        let word = next;
+        next = next.wrapping_add(STRIDE);
+        word
+    }
 }
 
 /// The sum of the first `count` words.
 fn sum(first: u64, count: usize) -> u64 {
     let n = count as u64;
     // n (n - 1) / 2, divided before it can overflow.
-    let pairs = if n.is_multiple_of(2) { (n / 2).wrapping_mul(n.wrapping_sub(1)) } else { n.wrapping_mul((n - 1) / 2) };
+    let pairs = if n.is_multiple_of(2) {
+        (n / 2).wrapping_mul(n.wrapping_sub(1))
+    } else {
+        n.wrapping_mul((n - 1) / 2)
+    };
     first.wrapping_mul(n).wrapping_add(STRIDE.wrapping_mul(pairs))
 }
 
@@ -35,8 +44,7 @@ pub fn run<P: Produce>(worker: &mut Worker, end: &mut P, bytes: usize) -> Result
             stream::send(worker, bytes, |phase| {
                 count += 1;
                 // The lowest byte of the first word is the phase.
-                let first = count << 8 | u64::from(phase);
-                end.produce(words, |position| word(first, position))
+                end.produce(words, words_from(count << 8 | u64::from(phase)))
             })?;
             None
         }
@@ -44,7 +52,10 @@ pub fn run<P: Produce>(worker: &mut Worker, end: &mut P, bytes: usize) -> Result
             count += 1;
             let mut total = 0u64;
             let first = end.consume(words, |word| total = total.wrapping_add(word))?;
-            ensure!(first >> 8 == count && total == sum(first, words), "message {count} arrived with wrong contents");
+            ensure!(
+                first >> 8 == count && total == sum(first, words),
+                "message {count} arrived with wrong contents"
+            );
             Ok(first as u8)
         })?),
     };
@@ -59,9 +70,10 @@ mod tests {
     #[test]
     fn the_sum_is_that_of_the_words() {
         for count in [0, 1, 2, 3, 8191, 8192] {
-            let added = (0..count).fold(0u64, |total, i| total.wrapping_add(word(77, i)));
+            let mut next = words_from(77);
+            let added = (0..count).fold(0u64, |total, _| total.wrapping_add(next()));
             assert_eq!(sum(77, count), added, "{count}");
         }
-        assert_eq!(word(0x0305, 0) as u8, 5);
+        assert_eq!(words_from(0x0305)() as u8, 5);
     }
 }

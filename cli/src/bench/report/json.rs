@@ -40,7 +40,8 @@ pub fn write(run: &Run, file: &Path) -> Result<()> {
         max: r.max(),
         rounds: r.rounds.len(),
     });
-    let mut text = serde_json::to_string_pretty(&Document { machine: &run.machine, results: results.collect() })?;
+    let mut text =
+        serde_json::to_string_pretty(&Document { machine: &run.machine, results: results.collect() })?;
     text.push('\n');
     if file == Path::new("-") {
         return std::io::stdout().write_all(text.as_bytes()).context("standard output cannot be written");

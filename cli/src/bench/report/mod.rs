@@ -53,7 +53,13 @@ impl Measured {
     }
 
     /// What the rounds of a measurement give.
-    pub fn from_rounds(case: &str, transport: Transport, work: Work, unit: Unit, rounds: &[Outcome]) -> Measured {
+    pub fn from_rounds(
+        case: &str,
+        transport: Transport,
+        work: Work,
+        unit: Unit,
+        rounds: &[Outcome],
+    ) -> Measured {
         let convert = |raw: f64| match (work, unit) {
             (Work::PingPong { .. }, Unit::Nanoseconds) => raw / 2.0,
             (Work::PingPong { .. }, _) => 1e9 / raw,
@@ -116,10 +122,12 @@ mod tests {
 
     #[test]
     fn the_slow_tail_of_a_stream_is_its_p99() {
-        let m = measured(Work::Stream { bytes: 65536 }, Unit::GigabytesPerSecond, &[8e9], &[
-            (2_000_000, 2),
-            (8_000_000, 98),
-        ]);
+        let m = measured(
+            Work::Stream { bytes: 65536 },
+            Unit::GigabytesPerSecond,
+            &[8e9],
+            &[(2_000_000, 2), (8_000_000, 98)],
+        );
         assert_eq!(m.value(), 8.0);
         assert!((m.p50.unwrap() - 8.0).abs() < 0.01);
         assert!((m.p99.unwrap() - 2.0).abs() < 0.01);

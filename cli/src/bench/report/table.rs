@@ -78,7 +78,11 @@ pub fn text(run: &Run) -> String {
     for r in run.results.iter().filter(|r| !r.case.starts_with("sweep-")) {
         if r.case != case {
             case = &r.case;
-            let _ = writeln!(out, "\n{case:<22}{:>12}{:>12}{:>12}{:>12}{:>12}  unit", "median", "min", "max", "p50", "p99");
+            let _ = writeln!(
+                out,
+                "\n{case:<22}{:>12}{:>12}{:>12}{:>12}{:>12}  unit",
+                "median", "min", "max", "p50", "p99"
+            );
         }
         let _ = writeln!(out, "{}", row(r));
     }

@@ -7,6 +7,7 @@ use iceoryx2::port::listener::Listener;
 use iceoryx2::port::notifier::Notifier;
 use iceoryx2::port::publisher::Publisher;
 use iceoryx2::port::subscriber::Subscriber;
+use iceoryx2::port::update_connections::UpdateConnections;
 use iceoryx2::prelude::*;
 use iceoryx2::sample::Sample;
 use std::fmt::Display;
@@ -87,6 +88,10 @@ impl End {
                 Ok((notifier, event(inward)?.listener_builder().create().map_err(plain)?))
             })
             .transpose()?;
+        // What is sent before the receiver has looked for senders once may be lost: both look when both are there.
+        worker.rendezvous.meet()?;
+        publisher.update_connections().map_err(plain)?;
+        subscriber.has_samples().map_err(plain)?;
         worker.rendezvous.meet()?;
         Ok(End { publisher, subscriber, events, _node: node })
     }
@@ -139,10 +144,10 @@ impl Duplex for End {
 }
 
 impl Produce for End {
-    fn produce(&mut self, words: usize, word: impl Fn(usize) -> u64) -> Result<()> {
+    fn produce(&mut self, words: usize, mut next: impl FnMut() -> u64) -> Result<()> {
         self.publish(words, |slots| {
-            for (i, slot) in slots.iter_mut().enumerate() {
-                slot.write(word(i));
+            for slot in slots {
+                slot.write(next());
             }
         })
     }

@@ -32,8 +32,8 @@ pub trait Duplex {
 
 /// One end of a channel whose messages are made and read word by word, in place or not.
 pub trait Produce {
-    /// Sends the words that `word` gives for `0..words`.
-    fn produce(&mut self, words: usize, word: impl Fn(usize) -> u64) -> Result<()>;
+    /// Sends so many words, each from `next`.
+    fn produce(&mut self, words: usize, next: impl FnMut() -> u64) -> Result<()>;
     /// Receives as many words, hands each to `word` in order, and returns the first.
     fn consume(&mut self, words: usize, word: impl FnMut(u64)) -> Result<u64>;
 }
@@ -75,7 +75,10 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
 }
 
 /// Does the job over a transport that copies in and out.
-fn over_copies<D: Duplex>(worker: &mut Worker, connect: fn(&mut Worker) -> Result<D>) -> Result<Option<Outcome>> {
+fn over_copies<D: Duplex>(
+    worker: &mut Worker,
+    connect: fn(&mut Worker) -> Result<D>,
+) -> Result<Option<Outcome>> {
     let mut end = connect(worker)?;
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut end, bytes),
@@ -107,10 +110,8 @@ impl<D: Duplex> Copied<D> {
 }
 
 impl<D: Duplex> Produce for Copied<D> {
-    fn produce(&mut self, words: usize, word: impl Fn(usize) -> u64) -> Result<()> {
-        for (i, slot) in self.buffer[..words].iter_mut().enumerate() {
-            *slot = word(i);
-        }
+    fn produce(&mut self, words: usize, mut next: impl FnMut() -> u64) -> Result<()> {
+        self.buffer[..words].fill_with(&mut next);
         self.duplex.send(bytes_of(&mut self.buffer[..words]))
     }
 

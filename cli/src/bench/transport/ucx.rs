@@ -74,13 +74,14 @@ fn ask(job: &Job, port: u16) -> Result<Outcome> {
             break output.stdout;
         }
         // Until the server listens, the client ends at once.
-        let refused = String::from_utf8_lossy(&output.stderr).contains("refused");
-        if !refused || Instant::now() > deadline {
-            bail!("ucx_perftest failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        let said = String::from_utf8_lossy(&output.stdout);
+        if !said.contains("Connection refused") || Instant::now() > deadline {
+            bail!("ucx_perftest failed: {} {}", said.trim(), String::from_utf8_lossy(&output.stderr).trim());
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    let rate = message_rate(&String::from_utf8_lossy(&output)).context("ucx_perftest's answer is not understood")?;
+    let rate =
+        message_rate(&String::from_utf8_lossy(&output)).context("ucx_perftest's answer is not understood")?;
     let value = match job.work {
         // Its latencies are half a round trip.
         Work::PingPong { .. } => 2e9 / rate,
