@@ -289,7 +289,7 @@ impl Dmb {
     }
 
     /// Why nothing will come any more.
-    fn end(&self) -> Option<Error> {
+    pub(crate) fn end(&self) -> Option<Error> {
         if self.is_peer_gone() {
             return Some(Error::PeerGone);
         }

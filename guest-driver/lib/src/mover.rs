@@ -262,7 +262,7 @@ impl Mover {
     pub fn wait(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<bool, Error> {
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         let done = self.queue().wait(&self.device, deadline, || self.progress.done() >= ticket.0)?;
-        self.progress.take_failure()?;
+        self.take_failure()?;
         Ok(done)
     }
 
@@ -272,7 +272,17 @@ impl Mover {
     ///
     /// As for [`wait`](Self::wait).
     pub fn flush(&self) -> Result<(), Error> {
-        self.wait(Ticket(self.progress.posted()), None).map(|_| ())
+        self.wait(self.last(), None).map(|_| ())
+    }
+
+    /// The move that was posted last.
+    pub fn last(&self) -> Ticket {
+        Ticket(self.progress.posted())
+    }
+
+    /// The first failure since this was last asked.
+    pub(crate) fn take_failure(&self) -> Result<(), Error> {
+        self.progress.take_failure()
     }
 
     /// For epoll: asks that the descriptor ([`as_fd`](Self::as_fd)) become readable when the next move is done. **Look
@@ -388,7 +398,7 @@ impl DmbSender {
         match self {
             DmbSender::Map(dmb) => dmb.write(offset, data),
             DmbSender::Move(mover) => {
-                mover.progress.take_failure()?;
+                mover.take_failure()?;
                 mover.post(offset as u64, data, None).map(|_| ())
             }
         }
