@@ -16,11 +16,12 @@ use crate::proto::ids::{Gid, Token};
 use crate::proto::moves::{MoveFlags, MoveHeader};
 use crate::proto::shm::CopyPlan;
 use crate::proto::status::Status;
-use crate::proto::{self, EVENT_QUEUE, FIRST_MOVE_QUEUE};
+use crate::proto::{self, CONTROL_QUEUE, EVENT_QUEUE, FIRST_MOVE_QUEUE};
 use crate::reactor::{Interest, Reactor, Registration, Source};
 use crate::shared::SharedMemory;
 use crate::sync::lock;
 use crate::transport::Transport;
+use crate::transport::pci::{Pci, PciAddress};
 use crate::transport::vhost_user::VhostUser;
 use crate::virtqueue::{Layout, Virtqueue};
 use crate::wait::DEFAULT_SPIN;
@@ -82,6 +83,16 @@ impl Builder {
         let transport = VhostUser::connect(path.as_ref(), self.map)?;
         Ok(Device { core: Core::start(Box::new(transport), self)? })
     }
+
+    /// Opens a PCI device.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Device::open_pci`].
+    pub fn open_pci(self, address: PciAddress) -> Result<Device, Error> {
+        let transport = Pci::open(address, self.map)?;
+        Ok(Device { core: Core::start(Box::new(transport), self)? })
+    }
 }
 
 /// What a pair of devices can do.
@@ -124,6 +135,20 @@ impl Device {
     /// [`Error::Connect`] if nobody listens there, or this user may not; others if it is no dmbridge device.
     pub fn connect(path: impl AsRef<Path>) -> Result<Device, Error> {
         Device::builder().connect(path)
+    }
+
+    /// Opens a device on the PCI bus of the virtual machine in which this process runs; [`pci::find`](crate::pci::find)
+    /// lists candidates. It is taken from the kernel's `virtio-pci`, unless a kernel driver uses it, and stays bound to
+    /// `uio_pci_generic` afterwards. Takes root. The device is started when this returns.
+    ///
+    /// The window is mapped as the kernel maps device memory for programs, uncached. Where the VM's choice of caching counts
+    /// (not under KVM on Intel, usually) that makes DMBs slow; the kernel driver does not have this limit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Pci`] with what is in the way.
+    pub fn open_pci(address: PciAddress) -> Result<Device, Error> {
+        Device::builder().open_pci(address)
     }
 
     /// To connect with other settings.
@@ -345,18 +370,21 @@ impl Core {
 
         let (event_idx, indirect) =
             (features.contains(Features::RING_EVENT_IDX), features.contains(Features::RING_INDIRECT_DESC));
-        let queue = |size, indirect| {
+        let queue = |number, size: u16, indirect| {
+            // A VMM may give less than the device would take. None at all is said by the start.
+            let size = size.min(transport.max_queue_size(number).max(control::QUEUE_SIZE));
             let layout = Layout::new(size, indirect);
             let memory = transport.allocate(layout.len, 4096)?;
             Ok::<_, Error>(Virtqueue::new(memory, layout, event_idx, indirect))
         };
         let buffers = |len| transport.allocate(len, 64);
-        let control = Control::new(queue(control::QUEUE_SIZE, false)?, buffers)?;
-        let events = EventQueue::new(queue(events::QUEUE_SIZE, false)?, buffers)?;
+        let control = Control::new(queue(CONTROL_QUEUE, control::QUEUE_SIZE, false)?, buffers)?;
+        let events = EventQueue::new(queue(EVENT_QUEUE, events::QUEUE_SIZE, false)?, buffers)?;
         let moves = (0..config.move_queues.get().min(MAX_MOVE_QUEUES))
             .map(|i| {
-                let queue = queue(moves::QUEUE_SIZE, indirect)?;
-                MoveQueue::new(FIRST_MOVE_QUEUE + i, queue, settings.spin, buffers)
+                let number = FIRST_MOVE_QUEUE + i;
+                let queue = queue(number, moves::QUEUE_SIZE, indirect)?;
+                MoveQueue::new(number, queue, settings.spin, buffers)
             })
             .collect::<Result<Vec<_>, Error>>()?;
         control.with_queue(|control| {

@@ -3,6 +3,7 @@
 use crate::proto::config::ConfigError;
 use crate::proto::control::{Command, ResponseError};
 use crate::proto::status::Status;
+use crate::transport::pci::{PciAddress, PciError};
 use std::io;
 use std::path::PathBuf;
 
@@ -25,6 +26,14 @@ pub enum Error {
         doing: &'static str,
         /// The reason.
         source: vhost::Error,
+    },
+    /// The PCI device cannot be used.
+    #[error("PCI device {address}: {source}")]
+    Pci {
+        /// The device.
+        address: PciAddress,
+        /// The reason.
+        source: PciError,
     },
     /// What listens there is not a dmbridge device, or one of another version.
     #[error(transparent)]

@@ -2,6 +2,8 @@
 
 use dmbridge_proto as proto;
 
+#[cfg(feature = "tokio")]
+pub mod asynchronous;
 mod control;
 mod device;
 mod dmb;
@@ -20,6 +22,11 @@ mod transport;
 mod virtqueue;
 mod wait;
 mod window;
+
+/// Devices on the PCI bus, for programs in virtual machines.
+pub mod pci {
+    pub use crate::transport::pci::{BadPciAddress, PciAddress, PciError, find};
+}
 
 pub use device::{Builder, Device, Peer, Stats};
 pub use dmb::{Dmb, RemoteDmb};

@@ -29,14 +29,40 @@ impl Mapping {
         Mapping::check(base, len)
     }
 
-    /// The first `len` bytes of a file, shared with whoever maps it too.
-    pub(crate) fn of_file(file: BorrowedFd<'_>, len: usize) -> io::Result<Mapping> {
+    /// `len` bytes of a file from `offset` on, shared with whoever maps it too.
+    pub(crate) fn of_file(file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Mapping> {
         // SAFETY: as for `reserve`.
         let base = unsafe {
             let access = libc::PROT_READ | libc::PROT_WRITE;
-            libc::mmap(ptr::null_mut(), len, access, libc::MAP_SHARED, file.as_raw_fd(), 0)
+            let offset = offset as libc::off_t;
+            libc::mmap(ptr::null_mut(), len, access, libc::MAP_SHARED, file.as_raw_fd(), offset)
         };
         Mapping::check(base, len)
+    }
+
+    /// Puts `len` bytes of a file, from `offset` on, in the place of what is mapped from `at` on.
+    pub(crate) fn replace(&self, at: usize, len: usize, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
+        self.put(at, len, libc::MAP_SHARED, file.as_raw_fd(), offset)
+    }
+
+    /// Puts zeroed memory of this process in the place of what is mapped from `at` on.
+    pub(crate) fn replace_by_zeroes(&self, at: usize, len: usize) -> io::Result<()> {
+        self.put(at, len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0)
+    }
+
+    fn put(&self, at: usize, len: usize, flags: i32, file: i32, offset: u64) -> io::Result<()> {
+        assert!(
+            at.checked_add(len).is_some_and(|end| end <= self.len),
+            "{len} bytes at {at} of {}",
+            self.len
+        );
+        // SAFETY: the range lies in this mapping, whose addresses nobody else uses; no Rust reference to it exists.
+        let base = unsafe {
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            let to = self.base.as_ptr().add(at).cast();
+            libc::mmap(to, len, access, flags | libc::MAP_FIXED, file, offset as libc::off_t)
+        };
+        if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     fn check(base: *mut libc::c_void, len: usize) -> io::Result<Mapping> {

@@ -1,6 +1,6 @@
 //! The memory that the device reads and writes by address, "guest RAM": rings, commands, buffers to move from, DMBs that
-//! lie in their owner's memory. One device's own; allocated from sealed files, which the transport makes known to the
-//! device, a few of them because each is at least as large as all before.
+//! lie in their owner's memory. One device's own; allocated from files, which the transport makes known to the device or
+//! chooses so that it knows them. They are few, because each is as large as all before where that can be had.
 
 use crate::error::Error;
 use crate::mapping::Mapping;
@@ -34,6 +34,8 @@ pub(crate) struct Region {
     file: OwnedFd,
     mapping: Mapping,
     address: u64,
+    /// Its pages have to stay what they are: the device knows them themselves.
+    fixed: bool,
     /// What is free: offset to length. Neighbours are joined.
     free: Mutex<BTreeMap<usize, usize>>,
 }
@@ -50,6 +52,21 @@ impl Ram {
         align: usize,
         announce: Announce<'_>,
     ) -> Result<DmaBuffer, Error> {
+        self.allocate_from(len, align, &|_, size, address| {
+            let region = Region::new(size, address)?;
+            announce(&region)?;
+            Ok(region)
+        })
+    }
+
+    /// As [`allocate`](Self::allocate), with regions that `make` makes: of the size that is needed at least, better of the
+    /// one that keeps regions few, and at the address that follows the others' if it can choose.
+    pub(crate) fn allocate_from(
+        &self,
+        len: usize,
+        align: usize,
+        make: &dyn Fn(usize, usize, u64) -> Result<Region, Error>,
+    ) -> Result<DmaBuffer, Error> {
         let rounded = len.max(1).checked_next_multiple_of(UNIT).ok_or_else(no_memory)?;
         let mut regions = lock(&self.regions);
         if let Some(buffer) = regions.iter().find_map(|region| region.allocate(rounded, len, align)) {
@@ -59,8 +76,7 @@ impl Ram {
         let size = rounded.max(total).max(FIRST_REGION).checked_next_power_of_two();
         let size = size.filter(|&size| size < 1 << 46).ok_or_else(no_memory)?;
         let address = regions.last().map_or(FIRST_ADDRESS, |last| last.address + last.mapping.len() as u64);
-        let region = Arc::new(Region::new(size, address)?);
-        announce(&region)?;
+        let region = Arc::new(make(rounded, size, address)?);
         let buffer = region.allocate(rounded, len, align).ok_or_else(no_memory)?;
         regions.push(region);
         Ok(buffer)
@@ -84,8 +100,18 @@ impl Region {
         // So that the device can rely on it not being truncated under its hands.
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(Error::errno("seal a memory file"))?;
-        let mapping = Mapping::of_file(file.as_fd(), size).map_err(Error::os("map a memory file"))?;
-        Ok(Region { file, mapping, address, free: Mutex::new(BTreeMap::from([(0, size)])) })
+        let mapping = Mapping::of_file(file.as_fd(), 0, size).map_err(Error::os("map a memory file"))?;
+        Ok(Region::over(file, mapping, address, false))
+    }
+
+    /// Memory whose pages the device knows by their own addresses, so that they have to stay.
+    pub(crate) fn fixed(file: OwnedFd, mapping: Mapping, address: u64) -> Region {
+        Region::over(file, mapping, address, true)
+    }
+
+    fn over(file: OwnedFd, mapping: Mapping, address: u64, fixed: bool) -> Region {
+        let free = Mutex::new(BTreeMap::from([(0, mapping.len())]));
+        Region { file, mapping, address, fixed, free }
     }
 
     pub(crate) fn file(&self) -> &OwnedFd {
@@ -124,7 +150,7 @@ impl Region {
     }
 
     fn release(&self, offset: usize, len: usize) {
-        if len >= PUNCH {
+        if len >= PUNCH && !self.fixed {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             // If it fails, the memory stays with the process, that is all.
             let _ = fallocate(&self.file, flags, offset as i64, len as i64);

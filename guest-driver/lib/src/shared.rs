@@ -397,7 +397,7 @@ pub(crate) mod tests {
     pub(crate) fn memory(len: usize) -> SharedMemory {
         let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
         nix::unistd::ftruncate(&file, len as i64).unwrap();
-        let mapping = Arc::new(Mapping::of_file(file.as_fd(), len).unwrap());
+        let mapping = Arc::new(Mapping::of_file(file.as_fd(), 0, len).unwrap());
         // SAFETY: the mapping is new, has `len` bytes, and is kept.
         unsafe { SharedMemory::new(mapping.base(), len, CopyPlan::default(), mapping) }
     }

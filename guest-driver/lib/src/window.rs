@@ -1,6 +1,8 @@
-//! The window: the address range into which the device has its extents mapped (`docs/device.md`, 8).
+//! The window: the address range in which the device's extents appear (`docs/device.md`, 8).
 //!
-//! The range is reserved once, without access. An extent is mapped into its place when the device asks, and replaced by
+//! In a virtual machine the VMM maps: the range is the device's memory, and what is mapped where is not known here.
+//!
+//! Where this process maps, the range is reserved once, without access. An extent is mapped into its place when the device asks, and replaced by
 //! private zero memory when the device takes it back, so that a late store of the program lands nowhere instead of
 //! ending it. Requests of the device are not believed: each is checked against the range, the file and what is mapped.
 
@@ -10,9 +12,10 @@ use crate::proto::shm::CopyPlan;
 use crate::shared::SharedMemory;
 use crate::sync::lock;
 use nix::errno::Errno;
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, Weak};
 
 /// The largest window that is reserved: an eighth of a process's address space.
@@ -22,7 +25,8 @@ const MAX_SIZE: u64 = 1 << 44;
 #[derive(Debug)]
 pub(crate) struct Window {
     mapping: Arc<Mapping>,
-    extents: Mutex<Extents>,
+    /// If this process maps them.
+    extents: Option<Mutex<Extents>>,
 }
 
 #[derive(Debug, Default)]
@@ -55,7 +59,18 @@ impl Window {
             return Err(Errno::EINVAL.into());
         }
         let mapping = Arc::new(Mapping::reserve(size as usize)?);
-        Ok(Window { mapping, extents: Mutex::default() })
+        Ok(Window { mapping, extents: Some(Mutex::default()) })
+    }
+
+    /// A window in which a VMM maps.
+    pub(crate) fn whole(mapping: Mapping) -> Window {
+        Window { mapping: Arc::new(mapping), extents: None }
+    }
+
+    /// The device's memory is no longer this program's: from now on, its handles meet memory of this process only.
+    pub(crate) fn part(&self) {
+        // If it fails, the memory stays what it is.
+        let _ = self.mapping.replace_by_zeroes(0, self.mapping.len());
     }
 
     pub(crate) fn size(&self) -> u64 {
@@ -80,7 +95,7 @@ impl Window {
             // Pages beyond a file's end end the process when touched.
             return Err(Errno::ENXIO);
         }
-        let mut extents = lock(&self.extents);
+        let mut extents = lock(self.extents.as_ref().ok_or(Errno::ENOTSUP)?);
         extents.left.retain(|extent| extent.strong_count() != 0);
         let mut in_use = extents.left.iter().filter_map(Weak::upgrade);
         if in_use.any(|extent| extent.overlaps(offset, end)) {
@@ -89,20 +104,7 @@ impl Window {
         if extents.mapped.range(..end).next_back().is_some_and(|(_, extent)| extent.overlaps(offset, end)) {
             return Err(Errno::EEXIST);
         }
-        // SAFETY: the range lies in the window, whose addresses are this mapping's; no Rust reference to it exists.
-        let at = unsafe {
-            libc::mmap(
-                self.mapping.base().add(offset as usize).as_ptr().cast(),
-                len as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_FIXED,
-                file.as_raw_fd(),
-                file_offset as libc::off_t,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(Errno::last());
-        }
+        self.mapping.replace(offset as usize, len as usize, file, file_offset).map_err(|_| Errno::last())?;
         let extent = Extent { start: offset, end, _mapping: self.mapping.clone() };
         extents.mapped.insert(offset, Arc::new(extent));
         Ok(())
@@ -111,24 +113,11 @@ impl Window {
     /// Does what the device asks for: takes back what is mapped from `offset` on, `len` bytes.
     pub(crate) fn unmap(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let end = self.check(offset, len)?;
-        let mut extents = lock(&self.extents);
+        let mut extents = lock(self.extents.as_ref().ok_or(Errno::ENOTSUP)?);
         if extents.mapped.get(&offset).is_none_or(|extent| extent.end != end) {
             return Err(Errno::ENOENT);
         }
-        // SAFETY: as in `map`.
-        let at = unsafe {
-            libc::mmap(
-                self.mapping.base().add(offset as usize).as_ptr().cast(),
-                len as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
-                -1,
-                0,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(Errno::last());
-        }
+        self.mapping.replace_by_zeroes(offset as usize, len as usize).map_err(|_| Errno::last())?;
         if let Some(extent) = extents.mapped.remove(&offset) {
             let extent = Arc::downgrade(&extent);
             extents.left.retain(|extent| extent.strong_count() != 0);
@@ -137,19 +126,26 @@ impl Window {
         Ok(())
     }
 
-    /// A part of the window, if it lies in one extent that is mapped.
+    /// A part of the window, if it lies in one extent that is mapped, as far as this process can know that.
     pub(crate) fn get(&self, offset: u64, len: u64, plan: CopyPlan) -> Option<SharedMemory> {
         let end = offset.checked_add(len)?;
-        let extents = lock(&self.extents);
-        let (_, extent) = extents.mapped.range(..=offset).next_back()?;
-        if end > extent.end {
-            return None;
-        }
-        // SAFETY: the range lies in a mapped extent; were it unmapped, other memory would take its place. The extent keeps
-        // the window's addresses.
+        let keep: Arc<dyn Any + Send + Sync> = match &self.extents {
+            Some(extents) => {
+                let extents = lock(extents);
+                let (_, extent) = extents.mapped.range(..=offset).next_back()?;
+                if end > extent.end {
+                    return None;
+                }
+                extent.clone()
+            }
+            None if end > self.size() => return None,
+            None => self.mapping.clone(),
+        };
+        // SAFETY: the range lies in the window, in a mapped extent where this process maps. What is unmapped is replaced by
+        // other memory, or by whatever the VMM has there. `keep` keeps the window's addresses.
         Some(unsafe {
             let ptr = self.mapping.base().add(offset as usize);
-            SharedMemory::new(ptr, len as usize, plan, extent.clone())
+            SharedMemory::new(ptr, len as usize, plan, keep)
         })
     }
 

@@ -3,6 +3,7 @@
 //! The order of use: [`offered`](Transport::offered), [`accept`](Transport::accept), then the rest;
 //! [`start`](Transport::start) once. Dropping the transport resets the device.
 
+pub(crate) mod pci;
 pub(crate) mod vhost_user;
 
 use crate::error::Error;
@@ -24,6 +25,9 @@ pub(crate) trait Transport: Send + Sync {
 
     /// The window, if the device accepted [`Features::MAP`].
     fn window(&self) -> Option<&Window>;
+
+    /// The largest size that the device accepts for a queue, a power of two; 0 if it has no such queue.
+    fn max_queue_size(&self, queue: u16) -> u16;
 
     /// Starts the device with these queues, in the order of their numbers.
     fn start(&mut self, queues: &[&Virtqueue]) -> Result<(), Error>;

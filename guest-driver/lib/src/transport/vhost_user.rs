@@ -3,9 +3,9 @@
 
 use super::Transport;
 use crate::error::Error;
-use crate::proto::WINDOW_SHMID;
 use crate::proto::config::CONFIG_SIZE;
 use crate::proto::features::Features;
+use crate::proto::{MAX_QUEUE_SIZE, WINDOW_SHMID};
 use crate::ram::{DmaBuffer, Ram, Region};
 use crate::sync::lock;
 use crate::virtqueue::Virtqueue;
@@ -209,6 +209,10 @@ impl Transport for VhostUser {
 
     fn window(&self) -> Option<&Window> {
         self.window.as_deref()
+    }
+
+    fn max_queue_size(&self, _: u16) -> u16 {
+        MAX_QUEUE_SIZE
     }
 
     fn start(&mut self, queues: &[&Virtqueue]) -> Result<(), Error> {
