@@ -30,7 +30,7 @@ impl Daemon {
         })?;
         let (hub, control) = (scratch.file("hub.sock"), scratch.file("control.sock"));
         let mut command = Command::new(&program);
-        command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "warn"]);
+        command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "error"]);
         let mut child = BoundChild::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
         let deadline = Instant::now() + START;
         // It says nothing when it is ready: the first connection that it takes does.

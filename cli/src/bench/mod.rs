@@ -84,10 +84,10 @@ pub fn work(args: WorkerArgs) -> Result<()> {
 pub fn run(args: Args) -> Result<()> {
     let cases = if args.cases.is_empty() { default_cases(args.html.is_some()) } else { args.cases.clone() };
     let transports = choose_transports(&args.transports)?;
-    let lines = plan::lines(&cases, &transports);
+    let mut run = Run { machine: Machine::look()?, results: Vec::new() };
+    let lines = plan::lines(&cases, &transports, run.machine.cpus);
     refuse_nonsense(&args, &lines)?;
 
-    let mut run = Run { machine: Machine::look()?, results: Vec::new() };
     let mut bench = Bench::new(&args, &run.machine, &lines)?;
     bench.measure(&mut run, &lines)?;
 

@@ -1,0 +1,52 @@
+//! dmbridge itself: two processes, each with a device of its own, and DMBs that each owns for the other.
+
+mod map;
+mod moved;
+
+pub use map::{in_place, map};
+pub use moved::moved;
+
+use anyhow::{Context, Result};
+use dmbridge::{Device, Dmb, Gid, Token};
+use std::time::Duration;
+
+use crate::bench::plan::{Job, Wait, Work};
+use crate::bench::worker::Worker;
+
+/// Size of each DMB of a stream.
+const DMB: usize = 4 << 20;
+
+/// This process's device, and what it knows of the other one.
+struct Ends {
+    device: Device,
+    /// Written by the other process.
+    local: Dmb,
+    /// The DMB that this process writes.
+    remote: Token,
+}
+
+/// Connects a device, and exchanges DMBs of `size` bytes with the other process.
+fn connect(worker: &Worker, can_map: bool, size: usize) -> Result<Ends> {
+    let job = &worker.job;
+    let hub = job.hub.as_ref().context("there is no daemon to connect to")?;
+    let mut builder = Device::builder().map(can_map);
+    if let Some(spin) = spin(job) {
+        builder = builder.spin(spin);
+    }
+    let device = builder.connect(hub)?;
+    worker.rendezvous.tell(&device.gid().to_string())?;
+    let peer: Gid = worker.rendezvous.hear::<String>()?.parse()?;
+    let local = device.register(peer, size)?;
+    worker.rendezvous.tell(&local.token().to_bits())?;
+    let remote = Token::from_bits(worker.rendezvous.hear()?);
+    Ok(Ends { device, local, remote })
+}
+
+/// How long waits spin, if the job does not want what the library does by itself.
+fn spin(job: &Job) -> Option<Duration> {
+    match job.work {
+        Work::PingPong { wait: Wait::Poll, .. } => Some(Duration::MAX),
+        Work::PingPong { wait: Wait::Sleep, .. } => Some(Duration::ZERO),
+        _ => None,
+    }
+}
