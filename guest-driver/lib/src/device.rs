@@ -17,6 +17,7 @@ use crate::proto::moves::{MoveFlags, MoveHeader};
 use crate::proto::shm::CopyPlan;
 use crate::proto::status::Status;
 use crate::proto::{self, CONTROL_QUEUE, EVENT_QUEUE, FIRST_MOVE_QUEUE};
+use crate::ram::DmaBuffer;
 use crate::reactor::{Interest, Reactor, Registration, Source};
 use crate::shared::SharedMemory;
 use crate::sync::lock;
@@ -218,12 +219,10 @@ impl Device {
     ///
     /// As for [`register`](Self::register).
     pub fn register_ram(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {
-        let transport = self.core.transport();
-        self.core.check()?;
-        let memory = transport.allocate(size, 4096)?;
+        let memory = self.core.allocate(size, 4096)?;
         // What lay there before is this process's own, but a fresh DMB is zero.
         memory.memory().as_slice().fill_u64_with(|| 0);
-        let line = transport.allocate(LINE, LINE)?;
+        let line = self.core.allocate(LINE, LINE)?;
         let segment = [Segment { addr: memory.address(), len: size as u64 }.to_bytes()];
         let home = Home::Ram { line_addr: line.address(), segments: Segments::from_wire(&segment) };
         let (state, memory) = self.core.register(peer, size, home, |_, _| {
@@ -276,8 +275,7 @@ impl Device {
     ///
     /// If there is no memory.
     pub fn move_buffer(&self, size: usize) -> Result<MoveBuffer, Error> {
-        self.core.check()?;
-        self.core.transport().allocate(size, 4096).map(MoveBuffer::new)
+        self.core.allocate(size, 4096).map(MoveBuffer::new)
     }
 
     /// Says something to another device's program, which gets [`Event::Software`].
@@ -423,6 +421,12 @@ impl Core {
 
     pub(crate) fn transport(&self) -> &dyn Transport {
         &*self.transport
+    }
+
+    /// Memory that the device can reach.
+    pub(crate) fn allocate(&self, len: usize, align: usize) -> Result<DmaBuffer, Error> {
+        self.check()?;
+        self.transport.allocate(len, align)
     }
 
     pub(crate) fn max_segments(&self) -> usize {

@@ -319,7 +319,7 @@ impl Mover {
     /// Finds room for `len` bytes in the staging buffer, and returns where.
     fn stage(&self, staging: &mut Staging, len: usize) -> Result<usize, Error> {
         if staging.buffer.is_none() {
-            staging.buffer = Some(self.device.transport().allocate(STAGING, 4096)?);
+            staging.buffer = Some(self.device.allocate(STAGING, 4096)?);
         }
         // Where words of the data are aligned, those of the copy are.
         let size = STAGING as u64;
