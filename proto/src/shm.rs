@@ -100,21 +100,29 @@ pub unsafe fn copy_to_shared(method: CopyMethod, src: *const u8, dst: *mut u8, l
     }
 }
 
-/// Stores a cache line that was generated in registers past the caches, where [`CopyPlan`] says that plain stores are
-/// slow. [`end_of_lines`] has to come before anything that announces it.
+/// Stores a word past the caches, for data that is generated in place where [`CopyPlan`] says that plain stores are slow.
+/// Whole cache lines should be stored so, in order. [`end_of_stream`] has to come before anything that announces them.
 ///
 /// # Safety
 ///
-/// 64 bytes are writable at `dst`, which is aligned to 64, and no Rust reference to them exists.
+/// 8 bytes are writable at `dst`, which is aligned to 8, and no Rust reference to them exists.
 #[inline]
-pub unsafe fn store_line(words: [u64; 8], dst: *mut u8) {
+pub unsafe fn stream_word(word: u64, dst: *mut u64) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    unsafe {
+        core::arch::x86_64::_mm_stream_si64(dst.cast(), word.cast_signed());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     // SAFETY: the caller's promise.
-    unsafe { store_words(words, dst) }
+    unsafe {
+        dst.write_volatile(word);
+    }
 }
 
-/// Orders what [`store_line`] stored before every later store.
+/// Orders what [`stream_word`] stored before every later store.
 #[inline]
-pub fn end_of_lines() {
+pub fn end_of_stream() {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: SSE is part of x86-64.
     unsafe {
@@ -226,15 +234,6 @@ mod x86_64 {
 
     /// # Safety
     ///
-    /// As for [`store_line`](super::store_line).
-    #[inline]
-    pub unsafe fn store_words(words: [u64; 8], dst: *mut u8) {
-        // SAFETY: the caller's promise; the source is a local.
-        unsafe { line::<true>(words.as_ptr().cast(), dst) }
-    }
-
-    /// # Safety
-    ///
     /// As for [`copy_words`].
     pub unsafe fn string_words(src: *const u8, dst: *mut u8, len: usize) {
         // SAFETY: the caller's promise. The direction flag is clear by the ABI. It counts in words, so that a word is
@@ -252,7 +251,7 @@ mod x86_64 {
 }
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-use x86_64::{copy_words, store_words, stream_words, string_words};
+use x86_64::{copy_words, stream_words, string_words};
 
 /// # Safety
 ///
@@ -264,16 +263,6 @@ unsafe fn copy_words(src: *const u8, dst: *mut u8, len: usize) {
         // SAFETY: the caller's promise; at + 8 <= len.
         unsafe { copy_word(src.add(at), dst.add(at)) }
     }
-}
-
-/// # Safety
-///
-/// As for [`store_line`].
-#[cfg(not(all(target_arch = "x86_64", not(miri))))]
-#[inline]
-unsafe fn store_words(words: [u64; 8], dst: *mut u8) {
-    // SAFETY: the caller's promise; the source is a local.
-    unsafe { copy_words(words.as_ptr().cast(), dst, 64) }
 }
 
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]

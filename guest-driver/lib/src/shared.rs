@@ -315,31 +315,26 @@ impl<'a> SharedSlice<'a> {
     pub fn fill_u64_with(&self, mut next: impl FnMut() -> u64) -> SharedSlice<'a> {
         let words = self.len / 8;
         let to = self.ptr.as_ptr().cast::<u64>();
-        let mut at = 0;
         // Where plain stores are slow, whole lines go past the caches: what is generated is written once, and read by
         // somebody else.
-        let lines = self.memory.plan.method(self.len) != CopyMethod::Plain;
-        if to.is_aligned() {
-            while lines && at < words && !to.wrapping_add(at).addr().is_multiple_of(64) {
+        let stream = to.is_aligned() && self.memory.plan.method(self.len) != CopyMethod::Plain;
+        let first_line = if stream { to.align_offset(64).min(words) } else { words };
+        let past_lines = words - (words - first_line) % 8;
+        let mut at = 0;
+        while at < first_line {
+            // SAFETY: at < words.
+            unsafe { store(to.add(at), next().to_le()) };
+            at += 1;
+        }
+        while at < past_lines {
+            for _ in 0..8 {
                 // SAFETY: at < words, aligned.
-                unsafe { to.add(at).write_volatile(next().to_le()) }
+                unsafe { shm::stream_word(next().to_le(), to.add(at)) };
                 at += 1;
             }
-            while at + 8 <= words {
-                let line: [u64; 8] = std::array::from_fn(|_| next().to_le());
-                // SAFETY: at + 8 <= words, aligned, with `lines` to 64 bytes.
-                unsafe {
-                    if lines {
-                        shm::store_line(line, to.add(at).cast());
-                    } else {
-                        to.add(at).cast::<[u64; 8]>().write_volatile(line);
-                    }
-                }
-                at += 8;
-            }
-            if lines {
-                shm::end_of_lines();
-            }
+        }
+        if stream {
+            shm::end_of_stream();
         }
         while at < words {
             // SAFETY: at < words.
