@@ -298,7 +298,8 @@ impl Worker {
             let Some(home) = &*home else {
                 return Err(if left == len { Status::NoEntry } else { Status::Reset });
             };
-            let step = left.min(STEP);
+            // A step ends between two words of the DMB.
+            let step = left.min(STEP - copy.offset % 8);
             copy.step(home, step)?;
             left -= step;
             if left == 0 {
@@ -373,24 +374,50 @@ impl Copy<'_> {
         };
         let mut left = len;
         while left > 0 {
-            // The sizes were checked: there are pieces for all of `left`. What no longer resolves was taken out of a
+            let (src, run) = self.run(&source, left)?;
+            // Where the source is cut within a word of the DMB, the word is put together first: it is stored by one store.
+            let words = if run < left { run.saturating_sub((self.offset + run) % 8) } else { run };
+            let done = if words > 0 {
+                let (dst, run) = home.host(self.offset, words, owner).ok_or(Status::Reset)?;
+                // SAFETY: both runs are mapped: the source's by its memory table, the destination's by the extent or by
+                // the owner's table, and all three are held. They may be guests' memory, so no reference to them exists.
+                unsafe { self.engine.copy(src, dst, run as usize) };
+                self.at += run;
+                run
+            } else {
+                let mut word = [0; 8];
+                let len = (8 - self.offset % 8).min(left);
+                for byte in &mut word[..len as usize] {
+                    let (src, _) = self.run(&source, 1)?;
+                    // SAFETY: the byte is mapped by the source's memory table, which is held.
+                    *byte = unsafe { src.read_volatile() };
+                    self.at += 1;
+                }
+                let (dst, run) = home.host(self.offset, len, owner).ok_or(Status::Reset)?;
+                // A piece of a RAM DMB holds whole words, so a word is never cut there.
+                debug_assert_eq!(run, len);
+                // SAFETY: as above, from a local.
+                unsafe { self.engine.copy(word.as_ptr(), dst, run as usize) };
+                run
+            };
+            self.offset += done;
+            left -= done;
+        }
+        Ok(())
+    }
+
+    /// Where the source goes on, and how many of `len` bytes follow there in one piece.
+    fn run(&mut self, source: &DeviceMemory, len: u64) -> Result<(*mut u8, u64), Status> {
+        loop {
+            // The sizes were checked: there are pieces for all of the move. What no longer resolves was taken out of a
             // memory table while the copy was under way.
             let piece = self.data.get(self.piece).ok_or(Status::Reset)?;
             let rest = u64::from(piece.len) - self.at;
-            if rest == 0 {
-                (self.piece, self.at) = (self.piece + 1, 0);
-                continue;
+            if rest != 0 {
+                return source.host(piece.addr + self.at, rest.min(len)).ok_or(Status::Reset);
             }
-            let (src, run) = source.host(piece.addr + self.at, rest.min(left)).ok_or(Status::Reset)?;
-            let (dst, run) = home.host(self.offset, run, owner).ok_or(Status::Reset)?;
-            // SAFETY: both runs are mapped: the source's by its memory table, the destination's by the extent or by the
-            // owner's table, and all three are held. They may be guests' memory, so no reference to them exists.
-            unsafe { self.engine.copy(src, dst, run as usize) };
-            self.at += run;
-            self.offset += run;
-            left -= run;
+            (self.piece, self.at) = (self.piece + 1, 0);
         }
-        Ok(())
     }
 }
 
@@ -436,8 +463,8 @@ fn notify(home: &Home, target: &Target, header: &MoveHeader, counters: &Counters
     Ok(())
 }
 
-/// Wakes one waiter, in whatever process.
+/// Wakes all waiters, in whatever process.
 fn futex_wake(word: &std::sync::atomic::AtomicU32) {
     // SAFETY: FUTEX_WAKE takes an address and a number; the word is mapped. It does not read or write the word.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, 1) };
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
 }
