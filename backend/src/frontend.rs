@@ -152,7 +152,7 @@ impl Channel {
                         Some(Pending { request, deadline: now + REPLY_DEADLINE, abandoned: false });
                 }
                 Err(error) => {
-                    tracing::warn!("a request to a front-end could not be sent: {error}");
+                    tracing::debug!("a request to a front-end could not be sent: {error}");
                     outcomes.push(MapOutcome { request, done: false });
                 }
             }

@@ -41,6 +41,18 @@ pub enum GateError {
 
 /// Looks at what has come.
 pub fn look(socket: BorrowedFd<'_>) -> Result<Arrival, GateError> {
+    if let Some(arrival) = look_once(socket)? {
+        return Ok(arrival);
+    }
+    if !has_hung_up(socket)? {
+        return Ok(Arrival::Nothing);
+    }
+    // All that will ever come is there, and it may have come since.
+    Ok(look_once(socket)?.unwrap_or(Arrival::End))
+}
+
+/// `None`: not a whole message.
+fn look_once(socket: BorrowedFd<'_>) -> Result<Option<Arrival>, GateError> {
     let mut header = [0u8; HEADER_SIZE];
     let n = loop {
         // SAFETY: `header` is writable for its length.
@@ -58,16 +70,16 @@ pub fn look(socket: BorrowedFd<'_>) -> Result<Arrival, GateError> {
         let error = io::Error::last_os_error();
         match error.kind() {
             io::ErrorKind::Interrupted => {}
-            io::ErrorKind::WouldBlock => return Ok(Arrival::Nothing),
-            io::ErrorKind::ConnectionReset => return Ok(Arrival::End),
+            io::ErrorKind::WouldBlock => return Ok(None),
+            io::ErrorKind::ConnectionReset => return Ok(Some(Arrival::End)),
             _ => return Err(error.into()),
         }
     };
     if n == 0 {
-        return Ok(Arrival::End);
+        return Ok(Some(Arrival::End));
     }
     if n < HEADER_SIZE {
-        return Ok(Arrival::Nothing);
+        return Ok(None);
     }
     let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     let size = word(8);
@@ -75,12 +87,21 @@ pub fn look(socket: BorrowedFd<'_>) -> Result<Arrival, GateError> {
         return Err(GateError::TooLong(size));
     }
     if ask(socket, libc::FIONREAD)? < HEADER_SIZE as libc::c_int + size as libc::c_int {
-        return Ok(Arrival::Nothing);
+        return Ok(None);
     }
     if ask(socket, libc::TIOCOUTQ)? > MAX_UNREAD {
         return Err(GateError::Deaf);
     }
-    Ok(Arrival::Message(word(0)))
+    Ok(Some(Arrival::Message(word(0))))
+}
+
+fn has_hung_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one valid element, and no waiting.
+    if unsafe { libc::poll(&raw mut poll, 1, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(poll.revents & (libc::POLLRDHUP | libc::POLLHUP) != 0)
 }
 
 fn ask(socket: BorrowedFd<'_>, what: libc::Ioctl) -> io::Result<libc::c_int> {
@@ -120,6 +141,25 @@ mod tests {
         theirs.write_all(&message[..3]).unwrap();
         (&ours).read_exact(&mut vec![0; message.len()]).unwrap();
         assert_eq!(look(ours.as_fd()).unwrap(), Arrival::Nothing);
+    }
+
+    #[test]
+    fn the_end_is_seen_behind_half_a_message() {
+        for half in [3, HEADER_SIZE, HEADER_SIZE + 5] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(&message(7, 20)[..half]).unwrap();
+            assert_eq!(look(ours.as_fd()).unwrap(), Arrival::Nothing);
+            drop(theirs);
+            assert_eq!(look(ours.as_fd()).unwrap(), Arrival::End);
+        }
+    }
+
+    #[test]
+    fn a_whole_message_passes_before_the_end() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&message(7, 20)).unwrap();
+        drop(theirs);
+        assert_eq!(look(ours.as_fd()).unwrap(), Arrival::Message(7));
     }
 
     #[test]

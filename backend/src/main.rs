@@ -65,7 +65,13 @@ fn serve(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
     }
     let handle = daemon.handle();
     std::thread::Builder::new().name("signals".into()).spawn(move || {
-        if let Ok(signal) = stop_signals.wait() {
+        let mut stopping = false;
+        while let Ok(signal) = stop_signals.wait() {
+            if stopping {
+                // Whoever asks a second time does not want to wait.
+                std::process::exit(1);
+            }
+            stopping = true;
             tracing::info!("{signal}: stopping");
             handle.stop();
         }
