@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 /// Programs of this package that are in every guest. Cargo builds them with the package's tests.
-const PROGRAMS: [&str; 1] = ["dmbridge-guest-agent"];
+const PROGRAMS: [&str; 2] = ["dmbridge-guest-agent", "vm-guest"];
 
 /// A script of `qemu-scripts`.
 pub fn script(name: &str) -> PathBuf {

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`machine`] | one VM: boot, run, pause, reset, plug, kill |
 //! | [`agent`] | commands in a guest, seen from the host; the program `dmbridge-guest-agent` is the other end |
+//! | [`driven`] | a device in a guest that does what a test tells it, by the program `vm-guest` |
 //! | [`frame`] | what the two say to each other |
 //! | [`qmp`] | QEMU's monitor |
 //! | [`image`] | the guest image, made of the workspace's own programs |
@@ -14,6 +15,7 @@
 //! guest's console is part of the message.
 
 pub mod agent;
+pub mod driven;
 pub mod frame;
 pub mod image;
 pub mod machine;
@@ -21,4 +23,5 @@ pub mod qmp;
 pub mod shared;
 
 pub use agent::{Output, Running};
+pub use driven::Driven;
 pub use machine::{Vm, VmOptions};

@@ -1,0 +1,164 @@
+//! A device in a guest, or of a process of the host, that a test drives: the program `vm-guest`, whose source lists the
+//! commands. What is meant to succeed panics, with the guest's words, if it does not.
+
+use super::agent::Running;
+use super::machine::Vm;
+use crate::daemon::end_with_this_thread;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+/// How long an answer may take: guests are slow without KVM.
+const ANSWER: Duration = Duration::from_secs(300);
+
+/// A device that does what it is told. Its process ends when this is dropped.
+#[derive(Debug)]
+pub struct Driven {
+    name: String,
+    gid: String,
+    end: End,
+}
+
+#[derive(Debug)]
+enum End {
+    Guest(Running),
+    Host { child: Child, input: ChildStdin, lines: Receiver<String> },
+}
+
+impl Driven {
+    /// The PCI device of a guest.
+    pub fn in_guest(vm: &Vm) -> Driven {
+        Driven::in_guest_with(vm, &["pci"])
+    }
+
+    /// A device of a guest, opened as these words say.
+    pub fn in_guest_with(vm: &Vm, arguments: &[&str]) -> Driven {
+        Driven::try_in_guest(vm, arguments)
+            .unwrap_or_else(|error| panic!("VM {}: {error}\n---- console ----\n{}", vm.name(), vm.console()))
+    }
+
+    /// A device of a guest, opened as these words say, or why it could not be.
+    pub fn try_in_guest(vm: &Vm, arguments: &[&str]) -> Result<Driven, String> {
+        let command: Vec<&str> = ["vm-guest"].iter().chain(arguments).copied().collect();
+        Driven::started(vm.name(), End::Guest(vm.start_command(&command)))
+    }
+
+    /// A process of this host that connects to a daemon's socket.
+    pub fn on_host(socket: &Path, map: bool) -> Driven {
+        let test = std::env::current_exe().expect("the test's own path");
+        let program = test.ancestors().nth(2).expect("target/profile/deps/test").join("vm-guest");
+        let mut command = Command::new(program);
+        command.arg("hub").arg(socket).args((!map).then_some("--no-map"));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        end_with_this_thread(&mut command);
+        let mut child = command.spawn().expect("vm-guest is built with this package's tests");
+        let (input, output) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
+        Driven::started("host", End::Host { child, input, lines }).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    fn started(name: &str, end: End) -> Result<Driven, String> {
+        let mut driven = Driven { name: name.into(), gid: String::new(), end };
+        let hello = driven.try_answer()?;
+        driven.gid = hello["gid"].as_str().expect("the first answer has a GID").into();
+        Ok(driven)
+    }
+
+    /// Its GID.
+    pub fn gid(&self) -> &str {
+        &self.gid
+    }
+
+    /// Has it begin something; [`answer`](Self::answer) waits until it is done.
+    pub fn begin(&mut self, command: &str) {
+        let line = format!("{command}\n");
+        let written = match &mut self.end {
+            End::Guest(running) => running.write(line.as_bytes()),
+            End::Host { input, .. } => input.write_all(line.as_bytes()).map_err(|e| e.to_string()),
+        };
+        written.unwrap_or_else(|error| panic!("{}: `{command}`: {error}", self.name));
+    }
+
+    /// What it answers, or why not.
+    pub fn try_answer(&mut self) -> Result<Value, String> {
+        let line = match &mut self.end {
+            End::Guest(running) => running.line(ANSWER)?,
+            End::Host { lines, .. } => lines.recv_timeout(ANSWER).map_err(|e| e.to_string())?,
+        };
+        let answer: Value = serde_json::from_str(&line).map_err(|error| format!("{error} in {line}"))?;
+        match answer["error"].as_str() {
+            Some(error) => Err(format!("{error} {}", answer["status"].as_str().unwrap_or_default())),
+            None => Ok(answer),
+        }
+    }
+
+    /// What it answers.
+    pub fn answer(&mut self) -> Value {
+        self.try_answer().unwrap_or_else(|error| panic!("{}: {error}", self.name))
+    }
+
+    /// Has it do something.
+    pub fn ask(&mut self, command: &str) -> Value {
+        self.begin(command);
+        self.try_answer().unwrap_or_else(|error| panic!("{}: `{command}`: {error}", self.name))
+    }
+
+    /// Has it try something that has to fail; why it did.
+    pub fn refused(&mut self, command: &str) -> String {
+        self.begin(command);
+        match self.try_answer() {
+            Err(error) => error,
+            Ok(answer) => panic!("{}: `{command}` was not refused: {answer}", self.name),
+        }
+    }
+
+    /// The next event, which has to be of this kind; events of other kinds before it are passed over.
+    pub fn event(&mut self, kind: &str) -> Value {
+        loop {
+            let event = self.ask("event");
+            match event["event"].as_str() {
+                Some(is) if is == kind => return event,
+                Some(_) => {}
+                None => panic!("{}: still waiting for the event {kind}", self.name),
+            }
+        }
+    }
+
+    /// Registers a DMB for a peer; its number and token.
+    pub fn register(&mut self, peer: &Driven, size: u64) -> (u64, String) {
+        let answer = self.ask(&format!("register {} {size}", peer.gid));
+        (answer["dmb"].as_u64().expect("a number"), answer["tokens"][0].as_str().expect("a token").into())
+    }
+
+    /// Makes a sender into a DMB, by `attach` or `move`; its number.
+    pub fn sender(&mut self, how: &str, token: &str) -> u64 {
+        self.ask(&format!("{how} {token}"))["sender"].as_u64().expect("a number")
+    }
+
+    /// Kills its process, as `kill -9` does.
+    pub fn kill(mut self) {
+        match &mut self.end {
+            End::Guest(running) => running.signal(Signal::SIGKILL).expect("the agent sends signals"),
+            End::Host { child, .. } => child.kill().expect("kill"),
+        }
+        // Its output ends when it has.
+        while self.try_answer().is_ok() {}
+    }
+}
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        if let End::Host { child, .. } = &mut self.end {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Two guests under stock QEMU, and processes of the host, exchange data through DMBs: by map without any copy, by moves
+//! where somebody cannot map.
+
+use dmbridge_tests::daemon::TestDaemon;
+use dmbridge_tests::vm::shared::{Lent, Shared};
+use dmbridge_tests::vm::{Driven, Vm, VmOptions};
+
+/// Bytes of one direction of an exchange; the environment variable says it in MiB. Without KVM, guests are slow.
+fn exchange_bytes() -> u64 {
+    let mib = std::env::var("DMBRIDGE_VM_EXCHANGE_MIB").ok().and_then(|text| text.parse().ok());
+    mib.unwrap_or(1024) << 20
+}
+
+struct Setup {
+    daemon: TestDaemon,
+    a: Vm,
+    b: Vm,
+}
+
+/// Everybody is in one group.
+const CONFIGURATION: &str = r#"
+[limits]
+window_size = 268435456
+max_dmb_size = 67108864
+max_dmb_bytes = 134217728
+[[device]]
+name = "a"
+socket = "@/a.sock"
+[[device]]
+name = "b"
+socket = "@/b.sock"
+[hub]
+socket = "@/hub.sock"
+[[hub.rule]]
+group = "default"
+"#;
+
+fn setup() -> Lent<'static, Setup> {
+    static SETUP: Shared<Setup> = Shared::new();
+    SETUP.take(|| {
+        let daemon = TestDaemon::start_with(&[], CONFIGURATION);
+        let [a, b] =
+            ["a", "b"].map(|name| VmOptions::new(name).device(&daemon.path(&format!("{name}.sock"))).start());
+        a.wait_until_booted();
+        b.wait_until_booted();
+        Setup { daemon, a, b }
+    })
+}
+
+/// Bytes that the daemon has copied so far.
+fn moved(daemon: &TestDaemon) -> u64 {
+    daemon.report().devices.iter().map(|device| device.moved_bytes).sum()
+}
+
+/// Registers a DMB at each for the other and sends both ways at once; the sender of each is made by this word.
+fn exchange(a: &mut Driven, b: &mut Driven, [a_by, b_by]: [&str; 2], dmb_size: u64, bytes: u64) {
+    let (a_dmb, a_token) = a.register(b, dmb_size);
+    let (b_dmb, b_token) = b.register(a, dmb_size);
+    let (a_sender, b_sender) = (a.sender(a_by, &b_token), b.sender(b_by, &a_token));
+    a.begin(&format!("exchange {a_dmb} {a_sender} {bytes} 1"));
+    b.begin(&format!("exchange {b_dmb} {b_sender} {bytes} 2"));
+    let (of_a, of_b) = (a.answer(), b.answer());
+    println!("{bytes} bytes each way in {} s", of_a["seconds"]);
+    assert_eq!(of_a["sent"], of_b["received"]);
+    assert_eq!(of_b["sent"], of_a["received"]);
+    assert_ne!(of_a["sent"], of_b["sent"], "they are different bytes");
+}
+
+#[test]
+fn what_one_guest_writes_the_other_reads_and_nothing_is_copied() {
+    let setup = setup();
+    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let before = moved(&setup.daemon);
+    exchange(&mut a, &mut b, ["attach", "attach"], 2 << 20, exchange_bytes());
+    assert_eq!(moved(&setup.daemon), before);
+}
+
+#[test]
+fn a_sleeping_guest_is_woken_by_a_signal() {
+    let setup = setup();
+    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (dmb, token) = a.register(&b, 4096);
+    let sender = b.sender("attach", &token);
+    for round in 0..3 {
+        a.begin(&format!("wait {dmb}"));
+        b.ask(&format!("write {sender} 100 round {round}"));
+        b.ask(&format!("signal {sender} {}", 1u64 << round));
+        assert_eq!(a.answer()["bits"], 1u64 << round);
+        assert_eq!(a.ask(&format!("read {dmb} 100 7"))["text"], format!("round {round}"));
+    }
+}
