@@ -259,11 +259,17 @@ impl RawFrontend {
         self.config.gid
     }
 
-    /// Stops the device as a driver's reset does.
+    /// Stops the device as a driver's reset does; nothing is mapped after that (vhost-user, `BACKEND_SHMEM_MAP`).
     pub fn reset(&mut self) {
         for i in 0..self.rings.len() {
             self.frontend.set_vring_enable(i, false).expect("SET_VRING_ENABLE");
             self.frontend.get_vring_base(i).expect("GET_VRING_BASE");
+        }
+        self.window().clear();
+        self.event_buffers.clear();
+        self.events.clear();
+        for ring in &mut self.rings {
+            ring.reset(&self.memory);
         }
     }
 

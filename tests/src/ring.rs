@@ -99,6 +99,14 @@ impl Ring {
         }
     }
 
+    /// Empties it, while the device is stopped.
+    pub fn reset(&mut self, memory: &GuestMemory) {
+        (self.offered, self.seen, self.next) = (0, 0, 0);
+        self.set_avail_index(memory, 0);
+        memory.write(self.used + 2, &[0; 2]);
+        let _ = (self.call.read(), self.kick.read());
+    }
+
     /// Its addresses, as the front-end tells them.
     pub fn addresses(&self, memory: &GuestMemory) -> VringConfigData {
         VringConfigData {

@@ -42,6 +42,14 @@ impl Window {
         self.extents.iter().map(|(offset, size)| (*offset, *size)).collect()
     }
 
+    /// Unmaps everything.
+    pub fn clear(&mut self) {
+        for (offset, size) in std::mem::take(&mut self.extents) {
+            // SAFETY: a range of this window.
+            reserve(unsafe { self.address.add(offset as usize) }, size, libc::MAP_FIXED);
+        }
+    }
+
     fn pointer(&self, offset: u64, len: u64) -> *mut u8 {
         let inside = self
             .extents

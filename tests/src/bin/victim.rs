@@ -42,7 +42,7 @@ fn live(hub: &PathBuf, witness: Gid, step: &mut dyn FnMut(&'static str)) -> anyh
     step("with a map request unanswered");
     drop(mute);
 
-    let mut a = RawFrontend::try_connect(hub, &Options::default(), step)?;
+    let a = RawFrontend::try_connect(hub, &Options::default(), step)?;
     step("half a header");
     a.send_bytes(&[1, 0, 0]);
     step("half a header was sent");
