@@ -89,3 +89,81 @@ fn a_sleeping_guest_is_woken_by_a_signal() {
         assert_eq!(a.ask(&format!("read {dmb} 100 7"))["text"], format!("round {round}"));
     }
 }
+
+#[test]
+fn a_guest_that_cannot_map_moves_and_is_moved_to() {
+    let setup = setup();
+    let mut a = Driven::in_guest_with(&setup.a, &["pci", "--no-map"]);
+    let mut b = Driven::in_guest_with(&setup.b, &["pci", "--no-map"]);
+    let before = moved(&setup.daemon);
+    // Both DMBs lie in their owners' memory.
+    exchange(&mut a, &mut b, ["move", "move"], 2 << 20, exchange_bytes() / 4);
+    assert!(moved(&setup.daemon) - before >= exchange_bytes() / 2);
+    let (_, token) = a.register(&b, 4096);
+    assert!(b.refused(&format!("attach {token}")).contains("NotSupported"));
+}
+
+#[test]
+fn guests_of_both_kinds_meet() {
+    let setup = setup();
+    let mut a = Driven::in_guest(&setup.a);
+    let mut b = Driven::in_guest_with(&setup.b, &["pci", "--no-map"]);
+    // One DMB lies in the pool, the other one in its owner's memory; both sides move.
+    exchange(&mut a, &mut b, ["move", "move"], 1 << 20, exchange_bytes() / 16);
+}
+
+#[test]
+fn a_process_of_the_host_and_a_guest_exchange_by_map() {
+    let setup = setup();
+    let mut guest = Driven::in_guest(&setup.a);
+    let mut host = Driven::on_host(&setup.daemon.hub(), true);
+    let before = moved(&setup.daemon);
+    exchange(&mut guest, &mut host, ["attach", "attach"], 2 << 20, exchange_bytes() / 4);
+    assert_eq!(moved(&setup.daemon), before);
+    let peer = guest.ask(&format!("query {}", host.gid()));
+    assert_eq!(
+        (&peer["map"], &peer["futex"]),
+        (&true.into(), &false.into()),
+        "they sleep in different kernels"
+    );
+}
+
+#[test]
+fn a_process_and_a_guest_exchange_by_every_pairing() {
+    let setup = setup();
+    for (guest_maps, host_maps) in [(true, false), (false, true), (false, false)] {
+        let arguments = if guest_maps { &["pci"][..] } else { &["pci", "--no-map"] };
+        let mut guest = Driven::in_guest_with(&setup.a, arguments);
+        let mut host = Driven::on_host(&setup.daemon.hub(), host_maps);
+        exchange(&mut guest, &mut host, ["move", "move"], 1 << 20, exchange_bytes() / 32);
+    }
+    // A DMB in the pool, which one side maps and into which the other one moves all the same.
+    let mut guest = Driven::in_guest(&setup.a);
+    let mut host = Driven::on_host(&setup.daemon.hub(), true);
+    exchange(&mut guest, &mut host, ["move", "attach"], 1 << 20, exchange_bytes() / 32);
+}
+
+#[test]
+fn a_thousand_dmbs_and_many_peers_need_few_mappings() {
+    let setup = setup();
+    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let tokens = a.ask(&format!("register {} 16384 1000", b.gid()))["tokens"].clone();
+    let tokens: Vec<_> = tokens.as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    assert_eq!(tokens.len(), 1000);
+    b.ask(&format!("attach {}", tokens.join(" ")));
+    b.ask("write 999 0 last");
+    assert_eq!(a.ask("read 999 0 4")["text"], "last");
+    let mut hosts: Vec<_> = (0..20).map(|_| Driven::on_host(&setup.daemon.hub(), true)).collect();
+    for host in &mut hosts {
+        let (_, token) = a.register(host, 65536);
+        host.sender("attach", &token);
+        let (_, token) = host.register(&a, 65536);
+        a.sender("attach", &token);
+    }
+    let report = setup.daemon.report();
+    let extents = |gid: &str| report.devices.iter().find(|device| device.gid == gid).unwrap().extents;
+    // A few for a thousand DMBs, because they grow; one in each direction for each of the others.
+    let few = 8;
+    assert!(extents(b.gid()) <= few, "{} extents", extents(b.gid()));
+    assert!(extents(a.gid()) <= few + 40, "{} extents", extents(a.gid()));
+}
