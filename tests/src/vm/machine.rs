@@ -205,7 +205,7 @@ impl Vm {
         self.monitor(
             "device_add",
             json!({ "driver": "vhost-user-test-device-pci", "id": format!("dmbridge{number}"),
-                "bus": format!("port{number}"), "chardev": id, "virtio-id": 37, "num_vqs": 3, "config_size": 128 }),
+                "bus": format!("port{number}"), "chardev": id, "virtio-id": 37, "num_vqs": 3, "vq_size": 256, "config_size": 128 }),
         );
     }
 
