@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use run::{Step, cargo, cargo_is_installed};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Build, show, test, measure and check dmbridge.
 #[derive(Parser)]
@@ -29,7 +29,7 @@ enum Task {
         /// Seconds for which each fuzz target runs; 0 only builds them.
         #[arg(long, default_value_t = 5)]
         fuzz_seconds: u32,
-        /// Passed on to `cargo test`: names of tests to run. The fuzz targets are then left out.
+        /// Passed on to `cargo test`: a name, or part of one, of the tests to run. The fuzz targets are then left out.
         filter: Vec<String>,
     },
     /// Measure against what a process could use instead.
@@ -88,7 +88,9 @@ fn bench(args: &[String]) -> Result<()> {
 
 fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
     let binaries = build_release(&[])?;
-    Step::new("Running the tests").run(
+    Step::new("Finding or making what virtual machines need (the first time it takes some minutes)")
+        .run(Command::new(run::workspace().join("qemu-scripts/provision")).stdout(Stdio::null()))?;
+    Step::new("Running the tests, in virtual machines too").run(
         cargo()
             .args(["test", "--workspace", "--features", "dmbridge/tokio"])
             .args(filter)
