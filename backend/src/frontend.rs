@@ -9,15 +9,15 @@ use crate::fabric::DeviceId;
 use crate::pool::memfile::MemFile;
 use dmbridge_proto::WINDOW_SHMID;
 use dmbridge_proto::ids::ExtentId;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{BackendReq, VhostUserHeaderFlag, VhostUserMMap, VhostUserMMapFlags};
 use vm_memory::ByteValued;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// How long a front-end may take for a reply.
 pub const REPLY_DEADLINE: Duration = Duration::from_secs(5);
@@ -182,9 +182,15 @@ impl Channel {
             Some(file) => &[file.fd().as_raw_fd()],
             None => &[],
         };
-        // At most one request is unanswered, so it fits the socket's buffer unless the front-end plays tricks.
-        self.socket.set_nonblocking(true)?;
-        let sent = self.socket.send_with_fds(&[&message[..]], fds).map_err(io::Error::from)?;
+        // At most one request is unanswered, so it fits the socket's buffer unless the front-end plays tricks. It shares
+        // the socket's flags, so that the call has to say for itself that it does not block.
+        let sent = sendmsg::<()>(
+            self.socket.as_raw_fd(),
+            &[IoSlice::new(&message)],
+            &[ControlMessage::ScmRights(fds)][..fds.len()],
+            MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
+            None,
+        )?;
         if sent != message.len() {
             return Err(io::ErrorKind::WriteZero.into());
         }

@@ -27,8 +27,8 @@ const STEP: u64 = 1 << 20;
 /// A mover leaves a queue for the next one after so many moves, or so many bytes.
 const TURN_MOVES: u32 = 64;
 const TURN_BYTES: u64 = 8 << 20;
-/// The end of a mover, as an epoll datum; queues have smaller numbers.
-const STOP: u64 = u64::MAX;
+/// A word from the control thread, as an epoll datum; queues have smaller numbers.
+const WORD: u64 = u64::MAX;
 
 /// A move queue in service.
 #[derive(Debug)]
@@ -58,7 +58,11 @@ impl MoveQueue {
 #[derive(Debug)]
 struct Shared {
     epoll: Epoll,
-    stop: EventFd,
+    /// Written for a word: one of the next two.
+    word: EventFd,
+    stop: AtomicBool,
+    /// Queues that are new: something may have been offered in them before anybody watched their kicks.
+    fresh: Mutex<Vec<u64>>,
     queues: Mutex<HashMap<u64, Arc<MoveQueue>>>,
     next: AtomicU64,
 }
@@ -66,6 +70,10 @@ struct Shared {
 impl Shared {
     fn queues(&self) -> MutexGuard<'_, HashMap<u64, Arc<MoveQueue>>> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fresh(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -94,10 +102,18 @@ impl Served {
 impl Mover {
     /// Starts the thread.
     pub fn start(number: usize, engine: CpuEngine) -> io::Result<Mover> {
-        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let word = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let epoll = Epoll::new()?;
-        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
-        let shared = Arc::new(Shared { epoll, stop, queues: Mutex::default(), next: AtomicU64::new(0) });
+        let watch = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, WORD);
+        epoll.ctl(ControlOperation::Add, word.as_raw_fd(), watch)?;
+        let shared = Arc::new(Shared {
+            epoll,
+            word,
+            stop: AtomicBool::new(false),
+            fresh: Mutex::default(),
+            queues: Mutex::default(),
+            next: AtomicU64::new(0),
+        });
         let worker = Worker {
             shared: shared.clone(),
             engine,
@@ -127,6 +143,8 @@ impl Mover {
             self.shared.queues().remove(&key);
             return Err(error);
         }
+        self.shared.fresh().push(key);
+        let _ = self.shared.word.write(1);
         Ok(Served { key, kick, queue })
     }
 
@@ -141,7 +159,8 @@ impl Mover {
 
 impl Drop for Mover {
     fn drop(&mut self) {
-        let _ = self.shared.stop.write(1);
+        self.shared.stop.store(true, Ordering::Release);
+        let _ = self.shared.word.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -183,7 +202,11 @@ impl Worker {
             };
             for event in &events[..count] {
                 match event.data() {
-                    STOP => return,
+                    WORD if self.shared.stop.load(Ordering::Acquire) => return,
+                    WORD => {
+                        let fresh = std::mem::take(&mut *self.shared.fresh());
+                        fresh.into_iter().for_each(|key| self.enqueue(key));
+                    }
                     key => self.enqueue(key),
                 }
             }
