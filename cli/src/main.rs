@@ -4,10 +4,13 @@
 //! line was wrong.
 
 mod bench;
+mod control;
 mod daemon;
 mod demo;
 mod devices;
+mod pair;
 mod process;
+mod rendezvous;
 mod scratch;
 mod usage;
 
@@ -32,10 +35,10 @@ enum Command {
     Devices(devices::Args),
     /// One of the two processes of a measurement
     #[command(hide = true, name = bench::WORKER)]
-    BenchWorker(bench::WorkerArgs),
+    BenchWorker(pair::PairArgs),
     /// One of the two processes of the demo
     #[command(hide = true, name = demo::WORKER)]
-    DemoWorker(demo::WorkerArgs),
+    DemoWorker(pair::PairArgs),
 }
 
 fn main() -> ExitCode {

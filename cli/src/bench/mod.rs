@@ -4,7 +4,7 @@
 //! | module | subject |
 //! | --- | --- |
 //! | [`plan`] | cases, transports, and which pairs make sense |
-//! | [`pair`], [`worker`], [`rendezvous`] | the two processes of a measurement |
+//! | [`measurement`] | the two processes of one |
 //! | [`case`] | what they do |
 //! | [`transport`] | over what |
 //! | [`measure`] | clocks and samples |
@@ -14,14 +14,12 @@ mod case;
 mod copy;
 mod machine;
 mod measure;
-mod pair;
+mod measurement;
 mod plan;
-mod rendezvous;
 mod report;
 mod shared;
 mod transport;
 mod tune;
-mod worker;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -39,6 +37,8 @@ use machine::Machine;
 use measure::Outcome;
 use plan::{Case, Job, Line, RingShape, Transport, Work};
 use report::{Measured, Run, html, json, table};
+
+pub use measurement::work;
 
 /// Name of the hidden subcommand.
 pub const WORKER: &str = "bench-worker";
@@ -64,20 +64,6 @@ pub struct Args {
     /// See that everything works, in seconds: the figures mean little
     #[arg(long)]
     quick: bool,
-}
-
-/// What one of the two processes of a measurement is told.
-#[derive(clap::Args)]
-pub struct WorkerArgs {
-    /// Which of the two it is.
-    role: worker::Role,
-    /// The job, as JSON.
-    job: String,
-}
-
-/// One of the two processes of a measurement.
-pub fn work(args: WorkerArgs) -> Result<()> {
-    worker::run(args)
 }
 
 /// Measures, and shows the results.
@@ -192,7 +178,7 @@ impl Bench {
                     let duration = if line.point { self.duration / 6 } else { self.duration };
                     let job = self.job(line.work, *transport, duration, ring.unwrap_or(tune::START));
                     let what = || format!("{} over {}, round {}", line.name, transport.name(), round + 1);
-                    outcomes.push(pair::run(&job).with_context(what)?);
+                    outcomes.push(measurement::run(&job).with_context(what)?);
                 }
             }
             for (transport, outcomes) in line.transports.iter().zip(&found) {
@@ -212,7 +198,7 @@ impl Bench {
         let work = Work::Stream { bytes: 64 << 10 };
         let shape = tune::best_ring(|shape| {
             let job = self.job(work, Transport::Ring, self.duration / 3, shape);
-            Ok(pair::run(&job).context("search for the best ring")?.value)
+            Ok(measurement::run(&job).context("search for the best ring")?.value)
         })?;
         Ok(Some(shape))
     }

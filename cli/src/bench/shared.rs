@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-use super::rendezvous::Rendezvous;
-use super::worker::Role;
+use crate::pair::Role;
+use crate::rendezvous::Rendezvous;
 
 /// A shared mapping; every page is there from the start.
 pub struct Shared {

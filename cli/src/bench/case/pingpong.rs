@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::phase;
 use crate::bench::measure::{Outcome, Samples, Ticker, median, ticks};
+use crate::bench::measurement::Worker;
 use crate::bench::transport::Duplex;
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// Batches of round trips whose mean is taken.
 const BATCHES: usize = 25;

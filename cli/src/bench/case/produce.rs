@@ -5,8 +5,9 @@ use anyhow::{Result, ensure};
 
 use super::stream;
 use crate::bench::measure::Outcome;
+use crate::bench::measurement::Worker;
 use crate::bench::transport::Produce;
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// An odd number without a pattern in its bits.
 const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;

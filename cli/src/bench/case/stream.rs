@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use super::phase;
 use crate::bench::measure::{Outcome, Samples, Ticker, ticks};
+use crate::bench::measurement::Worker;
 use crate::bench::transport::Duplex;
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// Plays A's or B's part. The value is in bytes per second.
 pub fn run<D: Duplex>(worker: &mut Worker, end: &mut D, bytes: usize) -> Result<Option<Outcome>> {

@@ -5,8 +5,8 @@ use anyhow::Result;
 use std::time::Instant;
 
 use crate::bench::measure::{Outcome, Samples, Ticker, ticks};
+use crate::bench::measurement::Worker;
 use crate::bench::transport::Transfer;
-use crate::bench::worker::Worker;
 
 /// How many buffers the sender has, how many places the receiver, and how many transfers are under way at most.
 pub const BUFFERS: usize = 8;

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 use super::Duplex;
 use crate::bench::case::pingpong;
 use crate::bench::measure::Outcome;
+use crate::bench::measurement::Worker;
 use crate::bench::plan::Work;
 use crate::bench::shared::Shared;
-use crate::bench::worker::Worker;
 
 /// A word that both write in turn. It holds the number of the turn, and a byte of the message.
 struct Line {

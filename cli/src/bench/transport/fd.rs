@@ -41,7 +41,7 @@ impl Duplex for Descriptors {
     fn receive(&mut self, mut into: &mut [u8]) -> Result<()> {
         while !into.is_empty() {
             match read(&self.reader, into) {
-                Ok(0) => bail!("the other process of the measurement has ended"),
+                Ok(0) => bail!("the other process has ended"),
                 Ok(n) => into = &mut into[n..],
                 Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
                 Err(error) => return Err(error.into()),

@@ -17,8 +17,9 @@ use std::path::Path;
 use super::{Duplex, Produce};
 use crate::bench::case::{pingpong, produce, stream};
 use crate::bench::measure::Outcome;
+use crate::bench::measurement::Worker;
 use crate::bench::plan::{Job, Wait, Work};
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// Everything under way at once, in bytes: more leaves the caches, less makes the sender wait.
 const UNDER_WAY: usize = 1 << 20;

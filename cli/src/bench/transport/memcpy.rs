@@ -6,9 +6,10 @@ use anyhow::{Result, bail};
 use super::{Transfer, over_transfers};
 use crate::bench::case::transfer::BUFFERS;
 use crate::bench::measure::Outcome;
+use crate::bench::measurement::Worker;
 use crate::bench::plan::{RingShape, Work};
 use crate::bench::shared::Shared;
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// Copies from one of several buffers into one of several places.
 struct Copies {

@@ -17,8 +17,8 @@ use std::path::Path;
 
 use super::case::{pingpong, produce, stream, transfer};
 use super::measure::Outcome;
+use super::measurement::Worker;
 use super::plan::{Transport, Work};
-use super::worker::Worker;
 
 pub use ucx::version as ucx_version;
 

@@ -6,7 +6,8 @@ use nix::unistd::pipe2;
 use std::os::fd::AsFd;
 
 use super::fd::Descriptors;
-use crate::bench::worker::{Role, Worker};
+use crate::bench::measurement::Worker;
+use crate::pair::Role;
 
 /// `/proc/sys/fs/pipe-max-size` unless somebody changed it.
 const BUFFER: i32 = 1 << 20;

@@ -5,9 +5,10 @@ use anyhow::Result;
 use std::sync::atomic::Ordering;
 
 use super::Duplex;
+use crate::bench::measurement::Worker;
 use crate::bench::plan::RingShape;
 use crate::bench::shared::Shared;
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// Where the data of a ring starts: its cursors have the page before.
 const HEADER: usize = 4096;

@@ -4,7 +4,8 @@ use anyhow::Result;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
 use super::fd::Descriptors;
-use crate::bench::worker::{Role, Worker};
+use crate::bench::measurement::Worker;
+use crate::pair::Role;
 
 /// Connects the two processes.
 pub fn connect(worker: &mut Worker) -> Result<Descriptors> {

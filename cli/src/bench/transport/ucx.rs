@@ -7,8 +7,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::bench::measure::Outcome;
+use crate::bench::measurement::Worker;
 use crate::bench::plan::{Job, Wait, Work};
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 use crate::process::{BoundChild, find_program};
 
 const PROGRAM: &str = "ucx_perftest";

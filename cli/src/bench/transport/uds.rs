@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use super::fd::Descriptors;
-use crate::bench::worker::{Role, Worker};
+use crate::bench::measurement::Worker;
+use crate::pair::Role;
 
 /// More does not make a stream faster.
 const BUFFER: usize = 1 << 20;

@@ -8,9 +8,10 @@ use super::{DMB, connect};
 use crate::bench::case::transfer::BUFFERS;
 use crate::bench::case::{pingpong, produce, stream};
 use crate::bench::measure::Outcome;
+use crate::bench::measurement::Worker;
 use crate::bench::plan::Work;
 use crate::bench::transport::{Copied, Duplex, Produce, Transfer, over_transfers};
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// Through the calls that copy.
 pub fn map(worker: &mut Worker) -> Result<Option<Outcome>> {
@@ -89,7 +90,7 @@ impl Produce for Stream {
             let here = all.slice(..all.len().min(left));
             let len = here.len();
             if len == 0 {
-                bail!("the other process of the measurement has ended");
+                bail!("the other process has ended");
             }
             first.get_or_insert(here.read_u64(0));
             here.for_each_u64(&mut word);

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use dmbridge::{Device, Dmb, Gid, Token};
 use std::time::Duration;
 
+use crate::bench::measurement::Worker;
 use crate::bench::plan::{Job, Wait, Work};
-use crate::bench::worker::Worker;
 
 /// Size of each DMB of a stream.
 const DMB: usize = 4 << 20;

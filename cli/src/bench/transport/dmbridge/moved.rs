@@ -9,9 +9,10 @@ use super::{DMB, connect};
 use crate::bench::case::transfer::BUFFERS;
 use crate::bench::case::{pingpong, produce, stream};
 use crate::bench::measure::Outcome;
+use crate::bench::measurement::Worker;
 use crate::bench::plan::Work;
 use crate::bench::transport::{Copied, Duplex, Transfer, over_transfers};
-use crate::bench::worker::{Role, Worker};
+use crate::pair::Role;
 
 /// Where the other side tells, in this side's DMB, how many bytes it has sent.
 const SENT: usize = 0;

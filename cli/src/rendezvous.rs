@@ -39,8 +39,7 @@ impl Rendezvous {
     /// Waits for what the other process tells.
     pub fn hear<T: DeserializeOwned>(&self) -> Result<T> {
         let (bytes, _) = self.receive()?;
-        serde_json::from_slice(&bytes)
-            .context("the other process of the measurement said something unexpected")
+        serde_json::from_slice(&bytes).context("the other process said something unexpected")
     }
 
     /// Gives the other process a file.
@@ -50,7 +49,7 @@ impl Rendezvous {
 
     /// Waits for a file from the other process.
     pub fn take(&self) -> Result<OwnedFd> {
-        self.receive()?.1.context("the other process of the measurement gave no file")
+        self.receive()?.1.context("the other process gave no file")
     }
 
     /// Returns when both processes have come here.
@@ -65,7 +64,7 @@ impl Rendezvous {
         let control = if files.is_empty() { &[] } else { control.as_slice() };
         let sent =
             sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
-                .context("the other process of the measurement has ended")?;
+                .context("the other process has ended")?;
         ensure!(sent == bytes.len());
         Ok(())
     }
@@ -85,7 +84,7 @@ impl Rendezvous {
         }
         let len = message.bytes;
         if len == 0 {
-            bail!("the other process of the measurement has ended");
+            bail!("the other process has ended");
         }
         bytes.truncate(len);
         Ok((bytes, file))
