@@ -162,6 +162,12 @@ impl Events {
         self.waiting.events.len()
     }
 
+    /// Takes what waits.
+    #[cfg(test)]
+    pub fn take_waiting(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.waiting).events.into_values().collect()
+    }
+
     /// Puts the ring into service.
     pub fn start(&mut self, ring: Vring, memory: &DeviceMemory) {
         self.ring = Some(ring);

@@ -7,6 +7,8 @@
 mod commands;
 mod device;
 mod extents;
+#[cfg(test)]
+mod tests;
 
 pub use commands::Attempt;
 pub use device::{Capabilities, Device, DeviceId, Joining, Usage};
