@@ -29,6 +29,8 @@ pub mod report;
 pub mod session;
 pub mod settings;
 pub mod socket;
+#[cfg(test)]
+mod testing;
 pub mod throttle;
 pub mod vring;
 

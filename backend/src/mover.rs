@@ -491,3 +491,310 @@ fn futex_wake(word: &std::sync::atomic::AtomicU32) {
     // SAFETY: FUTEX_WAKE takes an address and a number; the word is mapped. It does not read or write the word.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doorbell;
+    use crate::pool::memfile::MemFile;
+    use crate::port::{RamSegment, SessionId};
+    use crate::testing::{BASE, Guest, NEXT, TestRing, WRITE};
+    use dmbridge_proto::ids::{Gid, Token};
+    use dmbridge_proto::shm::CopyPlan;
+
+    const DMB_SIZE: u64 = 64 << 10;
+    const DMB_AT: u64 = 8192;
+
+    /// A sender, an owner, and a DMB of it in the pool and one in its RAM.
+    struct World {
+        sender: Guest,
+        owner: Guest,
+        file: Arc<MemFile>,
+        owner_port: Arc<Port>,
+        queue: MoveQueue,
+        worker: Worker,
+        ring: TestRing,
+        pool_dmb: Arc<Target>,
+        ram_dmb: Arc<Target>,
+        /// Where the RAM DMB's control line and its two segments are.
+        line: u64,
+        segments: [u64; 2],
+        header: u64,
+        answer: u64,
+        inbox: doorbell::Inbox,
+    }
+
+    const RAM_SPLIT: u64 = 24 << 10;
+
+    impl World {
+        fn new() -> World {
+            let (doorbell, inbox) = doorbell::pair().unwrap();
+            let (sender, owner) = (Guest::new(4 << 20), Guest::new(4 << 20));
+            let sender_port = Arc::new(Port::new(SessionId(1), doorbell.clone()));
+            let owner_port = Arc::new(Port::new(SessionId(2), doorbell));
+            sender_port.memory.replace(sender.table());
+            owner_port.memory.replace(owner.table());
+            let file = Arc::new(MemFile::new(1 << 20, None).unwrap());
+            let home = Home::Pool { file: file.clone(), offset: DMB_AT, line_offset: 64 };
+            let target = |number, home| {
+                let gid = Gid::from_u64(1);
+                let token = Token::in_ram(number);
+                Arc::new(Target::new(token, number as u32, DMB_SIZE, gid, owner_port.clone(), home))
+            };
+            let pool_dmb = target(1, home);
+            let line = owner.take(64);
+            let segments = [owner.take(RAM_SPLIT), owner.take(DMB_SIZE - RAM_SPLIT)];
+            let ram = [
+                RamSegment { offset: 0, addr: segments[0], len: RAM_SPLIT },
+                RamSegment { offset: RAM_SPLIT, addr: segments[1], len: DMB_SIZE - RAM_SPLIT },
+            ];
+            let ram_dmb = target(2, Home::Ram { line_addr: line, segments: ram.into() });
+            sender_port.add_target(pool_dmb.clone());
+            sender_port.add_target(ram_dmb.clone());
+            let ring = TestRing::new(&sender, 64);
+            let vring = ring.vring(&sender_port.memory.read());
+            let shared = Shared {
+                epoll: Epoll::new().unwrap(),
+                word: EventFd::new(0).unwrap(),
+                stop: AtomicBool::new(false),
+                fresh: Mutex::default(),
+                queues: Mutex::default(),
+                next: AtomicU64::new(0),
+            };
+            World {
+                header: sender.take(HEADER_SIZE as u64),
+                answer: sender.take(RESPONSE_SIZE as u64),
+                queue: MoveQueue {
+                    port: sender_port,
+                    max_segments: 8,
+                    max_move_size: 1 << 20,
+                    ring: Mutex::new(Some(vring)),
+                    stopping: AtomicBool::new(false),
+                },
+                worker: Worker {
+                    shared: Arc::new(shared),
+                    engine: CpuEngine::new(CopyPlan::default()),
+                    chain: Chain::default(),
+                    data: Vec::new(),
+                    turns: VecDeque::new(),
+                    waiting: HashSet::new(),
+                },
+                sender,
+                owner,
+                file,
+                owner_port,
+                ring,
+                pool_dmb,
+                ram_dmb,
+                line,
+                segments,
+                inbox,
+            }
+        }
+
+        /// Offers a move and does it: used length and status.
+        fn raw(&mut self, header: &[u8], data: &[(u64, u32)]) -> (u32, u8) {
+            self.sender.write(self.header, header);
+            self.sender.write(self.answer, &[0xee; 8]);
+            let mut readable = vec![(self.header, header.len() as u32)];
+            readable.extend_from_slice(data);
+            self.ring.offer_pieces(&self.sender, &readable, &[(self.answer, 8)]);
+            self.turn()
+        }
+
+        fn turn(&mut self) -> (u32, u8) {
+            self.worker.turn(&self.queue);
+            let (_, len) = self.ring.used(&self.sender).expect("the chain is used");
+            (len, self.sender.read(self.answer, 1)[0])
+        }
+
+        fn move_into(&mut self, header: MoveHeader, data: &[(u64, u32)]) -> Result<(), Status> {
+            let (len, status) = self.raw(&header.to_bytes(), data);
+            assert_eq!(len, 8);
+            Status::from_byte(status).unwrap()
+        }
+
+        fn pool_bytes(&self) -> Vec<u8> {
+            let start = self.file.at(DMB_AT, DMB_SIZE);
+            // SAFETY: inside of the mapping, as `at` checks.
+            (0..DMB_SIZE as usize).map(|i| unsafe { start.add(i).read_volatile() }).collect()
+        }
+
+        fn ram_bytes(&self) -> Vec<u8> {
+            let mut bytes = self.owner.read(self.segments[0], RAM_SPLIT as usize);
+            bytes.extend(self.owner.read(self.segments[1], (DMB_SIZE - RAM_SPLIT) as usize));
+            bytes
+        }
+
+        fn signals(&self) -> usize {
+            self.owner_port.events().take_waiting().len()
+        }
+    }
+
+    fn to(target: &Target, offset: u64) -> MoveHeader {
+        MoveHeader { token: target.token, offset, mask: 0, flags: MoveFlags::empty() }
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
+    }
+
+    #[test]
+    fn scattered_data_lands_in_order_and_nowhere_else() {
+        let mut world = World::new();
+        let bytes = pattern(40_000);
+        let data = world.sender.put(&bytes);
+        let pieces = [(data, 1u32), (data + 1, 0), (data + 1, 12_345), (data + 12_346, 27_654)];
+        for offset in [0, 1, 8, 4095, DMB_SIZE - 40_000] {
+            for dmb in [world.pool_dmb.clone(), world.ram_dmb.clone()] {
+                let before = [world.pool_bytes(), world.ram_bytes()];
+                assert_eq!(world.move_into(to(&dmb, offset), &pieces), Ok(()));
+                let mut want = before;
+                let at = offset as usize;
+                want[dmb.index as usize - 1][at..at + bytes.len()].copy_from_slice(&bytes);
+                assert!(want == [world.pool_bytes(), world.ram_bytes()]);
+            }
+        }
+        assert_eq!(Counters::get(&world.queue.port.counters.moves), 10);
+        assert_eq!(Counters::get(&world.queue.port.counters.bytes), 400_000);
+    }
+
+    #[test]
+    fn errors_come_in_the_order_of_the_specification_and_write_nothing() {
+        let mut world = World::new();
+        let data = world.sender.put(&[0xff; 4096]);
+        let good = to(&world.pool_dmb.clone(), 0);
+        let nobody = MoveHeader { token: Token::in_ram(77), offset: u64::MAX, ..good };
+        let behind = MoveHeader { offset: DMB_SIZE - 8, ..good };
+        let outside = (BASE + (4 << 20) - 8, 16u32);
+        let mut flags = nobody.to_bytes();
+        flags[24] = 4;
+        let big = [(data, 1 << 20), (data, 1)];
+        let many = [(data, 1); 9];
+        let cases: [(&str, [u8; 32], &[(u64, u32)], Status); 8] = [
+            ("an unknown flag before everything", flags, &big, Status::Invalid),
+            ("too much data before an unknown token", nobody.to_bytes(), &big, Status::TooBig),
+            ("too many descriptors", nobody.to_bytes(), &many, Status::TooBig),
+            ("an unknown token before its range", nobody.to_bytes(), &[outside], Status::NoEntry),
+            ("a range before an address", behind.to_bytes(), &[outside], Status::Invalid),
+            (
+                "a range that wraps",
+                MoveHeader { offset: u64::MAX, ..good }.to_bytes(),
+                &[(data, 8)],
+                Status::Invalid,
+            ),
+            ("an address", good.to_bytes(), &[(data, 8), outside], Status::Fault),
+            ("an address beyond everything", good.to_bytes(), &[(u64::MAX - 3, 8)], Status::Fault),
+        ];
+        for (what, header, pieces, status) in cases {
+            assert_eq!(world.raw(&header, pieces), (8, status as u8), "{what}");
+        }
+        assert!(world.pool_bytes().iter().all(|b| *b == 0));
+        assert_eq!(Counters::get(&world.queue.port.counters.refused), 8);
+    }
+
+    #[test]
+    fn malformed_moves_are_returned_with_length_zero() {
+        let mut world = World::new();
+        let good = to(&world.pool_dmb.clone(), 0).to_bytes();
+        // The header shares a descriptor with data, is too short, or is not guest memory.
+        assert_eq!(world.raw(&[good.as_slice(), b"data"].concat(), &[]).0, 0);
+        assert_eq!(world.raw(&good[..31], &[]).0, 0);
+        assert_eq!(world.raw(&good[..16], &[(world.header + 16, 17)]).0, 0);
+        assert_eq!(world.raw(&good[..16], &[(0, 16)]).0, 0);
+        let (header, answer) = (world.header, world.answer);
+        for writable in [(answer, 7), (0, 8), (BASE + (4 << 20) - 4, 8)] {
+            world.sender.write(header, &good);
+            world.ring.offer_pieces(&world.sender, &[(header, 32)], &[writable]);
+            assert_eq!(world.turn().0, 0);
+        }
+        world.ring.describe(&world.sender, &[(answer, 8, WRITE | NEXT, 1), (header, 32, 0, 0)]);
+        world.ring.offer(&world.sender, 0);
+        assert_eq!(world.turn().0, 0);
+        // A header in pieces is good.
+        world.sender.write(header, &good);
+        let pieces = [(header, 5), (header + 5, 0), (header + 5, 27)];
+        world.ring.offer_pieces(&world.sender, &pieces, &[(answer, 8)]);
+        assert_eq!(world.turn(), (8, 0));
+    }
+
+    #[test]
+    fn a_signal_sets_bits_and_tells_only_who_asked() {
+        let mut world = World::new();
+        for dmb in [world.pool_dmb.clone(), world.ram_dmb.clone()] {
+            let signal = MoveHeader { mask: 0x80, flags: MoveFlags::SIGNAL, ..to(&dmb, 0) };
+            assert_eq!(world.move_into(signal, &[]), Ok(()));
+            assert_eq!(world.signals(), 0);
+            let home = dmb.open();
+            let line = |act: &dyn Fn(&dmbridge_proto::line::ControlLine) -> u64| {
+                home.as_ref().unwrap().with_line(&world.owner_port, act).unwrap()
+            };
+            assert_eq!(line(&|line| line.take_pending()), 0x80);
+            line(&|line| {
+                line.arm(Wake::Signal);
+                0
+            });
+            drop(home);
+            assert_eq!(world.move_into(signal, &[]), Ok(()));
+            assert_eq!(world.move_into(signal, &[]), Ok(()));
+            assert_eq!(world.signals(), 1);
+            // A ring tells in any case, and does not look at the line.
+            let ring = MoveHeader { flags: MoveFlags::RING, ..to(&dmb, 0) };
+            assert_eq!(world.move_into(ring, &[]), Ok(()));
+            assert_eq!(world.signals(), 1);
+        }
+        let counters = &world.queue.port.counters;
+        assert_eq!((Counters::get(&counters.rung), Counters::get(&counters.suppressed)), (4, 4));
+        assert_eq!(world.owner.read(world.line, 4), [0; 4]);
+    }
+
+    #[test]
+    fn a_closed_dmb_is_not_there() {
+        let mut world = World::new();
+        let data = world.sender.put(&[0xff; 64]);
+        let dmb = world.pool_dmb.clone();
+        dmb.close();
+        assert_eq!(world.move_into(to(&dmb, 0), &[(data, 64)]), Err(Status::NoEntry));
+        assert!(world.pool_bytes().iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn a_ring_that_claims_too_much_is_stopped() {
+        let mut world = World::new();
+        world.ring.claim(&world.sender, 65);
+        world.worker.turn(&world.queue);
+        assert!(world.queue.ring().is_none());
+    }
+
+    #[test]
+    fn memory_that_vanishes_expels_its_own_device_and_no_other() {
+        let mut world = World::new();
+        let data = world.sender.take(2 << 20);
+        world.sender.file.set_len(data - BASE).unwrap();
+        let dmb = world.pool_dmb.clone();
+        assert_eq!(world.move_into(to(&dmb, 0), &[(data, 4096)]), Ok(()));
+        assert!(world.pool_bytes().iter().all(|b| *b == 0));
+        let mut expelled = Vec::new();
+        while let Some(doorbell::Message::Expel(id, _)) = world.inbox.take() {
+            expelled.push(id);
+        }
+        assert_eq!(expelled, [SessionId(1)]);
+
+        let mut world = World::new();
+        let data = world.sender.put(&[0xff; 4096]);
+        world.owner.file.set_len(4096).unwrap();
+        let dmb = world.ram_dmb.clone();
+        assert_eq!(world.move_into(to(&dmb, 0), &[(data, 4096)]), Ok(()));
+        let Some(doorbell::Message::Expel(id, _)) = world.inbox.take() else { panic!("nobody is expelled") };
+        assert_eq!(id, SessionId(2));
+    }
+
+    #[test]
+    fn a_memory_table_that_changes_ends_moves_into_what_it_held() {
+        let mut world = World::new();
+        let data = world.sender.put(&[0xff; 4096]);
+        let dmb = world.ram_dmb.clone();
+        world.owner_port.memory.replace(DeviceMemory::default());
+        assert_eq!(world.move_into(to(&dmb, 0), &[(data, 4096)]), Err(Status::Reset));
+    }
+}

@@ -221,3 +221,130 @@ impl Vring {
         Ok(self.queue.disable_notification(memory)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BASE, Descriptor, Guest, INDIRECT, NEXT, TestRing, WRITE, table};
+
+    const SIZE: u16 = 4;
+
+    /// The chain that the device takes out of a ring with these descriptors, the first of which is offered.
+    fn pop(guest: &Guest, descriptors: &[Descriptor]) -> Chain {
+        let memory = guest.table();
+        let mut ring = TestRing::new(guest, SIZE);
+        let mut vring = ring.vring(&memory);
+        ring.describe(guest, descriptors);
+        ring.offer(guest, 0);
+        let mut chain = Chain::default();
+        assert!(vring.pop(memory.guest(), &mut chain).unwrap());
+        assert!(!vring.pop(memory.guest(), &mut Chain::default()).unwrap());
+        vring.push(memory.guest(), chain.head, 0).unwrap();
+        assert_eq!(ring.used(guest), Some((0, 0)));
+        chain
+    }
+
+    #[test]
+    fn a_good_chain_is_readable_and_then_writable() {
+        let guest = Guest::new(1 << 20);
+        let (a, b, c) = (BASE, BASE + 100, BASE + 200);
+        let direct = [(a, 10, NEXT, 2), (0, 0, 0, 0), (b, 20, NEXT, 1), (0, 0, 0, 0)];
+        let chain = pop(&guest, &[direct[0], (c, 30, WRITE, 0), direct[2]]);
+        assert!(!chain.malformed);
+        assert_eq!(chain.readable, [Piece { addr: a, len: 10 }, Piece { addr: b, len: 20 }]);
+        assert_eq!(chain.writable, [Piece { addr: c, len: 30 }]);
+        assert_eq!((chain.readable_len(), chain.writable_len()), (30, 30));
+        // The same by an indirect table, behind a direct descriptor.
+        let indirect = guest.put(&table(&[(b, 20, NEXT, 1), (c, 30, WRITE, 0)]));
+        let other = pop(&guest, &[(a, 10, NEXT, 1), (indirect, 32, INDIRECT, 0)]);
+        assert!(!other.malformed);
+        assert_eq!((other.readable, other.writable), (chain.readable, chain.writable));
+    }
+
+    #[test]
+    fn every_kind_of_malformed_chain_is_seen() {
+        let guest = Guest::new(1 << 20);
+        let a = BASE;
+        let good = (a, 8, 0, 0);
+        let nested = guest.put(&table(&[(a, 16, INDIRECT, 0)]));
+        let short_chain = guest.put(&table(&[(a, 8, NEXT, 7), good]));
+        let looping = guest.put(&table(&[(a, 8, NEXT, 1), (a, 8, NEXT, 0)]));
+        let long =
+            guest.put(&table(&[(a, 8, NEXT, 1), (a, 8, NEXT, 2), (a, 8, NEXT, 3), (a, 8, NEXT, 4), good]));
+        let cases: [(&str, &[Descriptor]); 12] = [
+            ("an index out of range", &[(a, 8, NEXT, SIZE)]),
+            ("a loop of one", &[(a, 8, NEXT, 0)]),
+            ("a loop", &[(a, 8, NEXT, 1), (a, 8, NEXT, 0)]),
+            ("readable after writable", &[(a, 8, NEXT | WRITE, 1), good]),
+            ("an empty indirect table", &[(nested, 0, INDIRECT, 0)]),
+            ("an indirect table of half a descriptor", &[(nested, 24, INDIRECT, 0)]),
+            ("an indirect table outside of memory", &[(0x1000, 32, INDIRECT, 0)]),
+            ("an indirect table in an indirect table", &[(nested, 16, INDIRECT, 0)]),
+            ("an index out of an indirect table's range", &[(short_chain, 32, INDIRECT, 0)]),
+            ("a loop in an indirect table", &[(looping, 32, INDIRECT, 0)]),
+            ("more than the queue is long, indirectly", &[(long, 80, INDIRECT, 0)]),
+            ("more than 2^32 bytes", &[(a, u32::MAX, NEXT, 1), (a, 8, 0, 0)]),
+        ];
+        for (what, descriptors) in cases {
+            assert!(pop(&guest, descriptors).malformed, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_ring_that_claims_more_than_it_can_hold_is_broken() {
+        let guest = Guest::new(1 << 20);
+        let memory = guest.table();
+        let ring = TestRing::new(&guest, SIZE);
+        let mut vring = ring.vring(&memory);
+        ring.claim(&guest, SIZE + 1);
+        assert!(vring.pop(memory.guest(), &mut Chain::default()).is_err());
+    }
+
+    #[test]
+    fn a_head_out_of_range_has_no_place_in_the_used_ring() {
+        let guest = Guest::new(1 << 20);
+        let memory = guest.table();
+        let mut ring = TestRing::new(&guest, SIZE);
+        let mut vring = ring.vring(&memory);
+        ring.offer(&guest, SIZE);
+        let mut chain = Chain::default();
+        assert!(vring.pop(memory.guest(), &mut chain).unwrap());
+        assert!(chain.malformed);
+        assert!(vring.push(memory.guest(), chain.head, 0).is_err());
+    }
+
+    #[test]
+    fn a_ring_outside_of_memory_is_not_served() {
+        let guest = Guest::new(1 << 20);
+        let memory = guest.table();
+        let layout = TestRing::new(&guest, SIZE).layout;
+        for layout in [
+            Layout { descriptors: BASE + (1 << 20) - 16, ..layout },
+            Layout { available: 0x1000, ..layout },
+            Layout { used: u64::MAX & !3, ..layout },
+            Layout { used: layout.used + 1, ..layout },
+            Layout { size: 3, ..layout },
+            Layout { size: 2048, ..layout },
+        ] {
+            assert!(Vring::new(layout, memory.guest()).is_err(), "{layout:?}");
+        }
+    }
+
+    #[test]
+    fn a_response_is_written_whole_or_not_at_all() {
+        let guest = Guest::new(1 << 20);
+        let memory = guest.table();
+        let end = BASE + (1 << 20);
+        let chain = |pieces: &[(u64, u32)]| Chain {
+            writable: pieces.iter().map(|(addr, len)| Piece { addr: *addr, len: *len }).collect(),
+            ..Chain::default()
+        };
+        assert!(chain(&[(BASE, 3), (BASE + 16, 0), (BASE + 32, 9)]).respond(&memory, b"12345678"));
+        assert_eq!((guest.read(BASE, 4), guest.read(BASE + 32, 6)), (b"123\0".to_vec(), b"45678\0".to_vec()));
+        assert!(!chain(&[(BASE, 7)]).respond(&memory, b"xxxxxxxx"));
+        assert!(!chain(&[(BASE, 4), (end - 2, 4)]).respond(&memory, b"xxxxxxxx"));
+        assert_eq!(guest.read(BASE, 3), b"123");
+        // What is behind the response may be anywhere.
+        assert!(chain(&[(end - 8, 100)]).respond(&memory, b"12345678"));
+    }
+}
