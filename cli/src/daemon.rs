@@ -1,11 +1,11 @@
 //! A daemon of one's own for one run, in a private folder.
 
 use anyhow::{Result, anyhow, bail};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::control;
 use crate::process::{BoundChild, find_program};
 use crate::scratch::Scratch;
 
@@ -16,7 +16,6 @@ const START: Duration = Duration::from_secs(10);
 pub struct Daemon {
     child: BoundChild,
     hub: PathBuf,
-    control: PathBuf,
 }
 
 impl Daemon {
@@ -33,8 +32,8 @@ impl Daemon {
         command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "error"]);
         let mut child = BoundChild::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
         let deadline = Instant::now() + START;
-        // It says nothing when it is ready: the first connection that it takes does.
-        while [&hub, &control].into_iter().any(|socket| UnixStream::connect(socket).is_err()) {
+        // It says nothing when it is ready, but answers.
+        while !hub.exists() || control::get(&control, "/v1/health").is_err() {
             if let Some(status) = child.get_mut().try_wait()? {
                 bail!("{} ended while it started: {status}", program.display());
             }
@@ -48,17 +47,12 @@ impl Daemon {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(Daemon { child, hub, control })
+        Ok(Daemon { child, hub })
     }
 
     /// Where devices come from.
-    pub fn hub(&self) -> &PathBuf {
+    pub fn hub(&self) -> &Path {
         &self.hub
-    }
-
-    /// Where it reports.
-    pub fn control(&self) -> &PathBuf {
-        &self.control
     }
 
     /// Its process.

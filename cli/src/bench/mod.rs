@@ -76,6 +76,10 @@ pub fn run(args: Args) -> Result<()> {
 
     let mut bench = Bench::new(&args, &run.machine, &lines)?;
     bench.measure(&mut run, &lines)?;
+    if cases.contains(&Case::Scale) && transports.iter().any(|t| t.is_ours()) {
+        bench.scale(&mut run)?;
+    }
+    bench.progress.finish();
 
     if let Some(file) = &args.json {
         json::write(&run, file)?;
@@ -174,7 +178,7 @@ impl Bench {
             let mut found: Vec<Vec<Outcome>> = line.transports.iter().map(|_| Vec::new()).collect();
             for round in 0..self.rounds {
                 for (transport, outcomes) in line.transports.iter().zip(&mut found) {
-                    self.progress.show(&line.name, *transport);
+                    self.progress.step(&line.name, *transport);
                     let duration = if line.point { self.duration / 6 } else { self.duration };
                     let job = self.job(line.work, *transport, duration, ring.unwrap_or(tune::START));
                     let what = || format!("{} over {}, round {}", line.name, transport.name(), round + 1);
@@ -186,7 +190,18 @@ impl Bench {
                 run.results.push(measured);
             }
         }
-        self.progress.finish();
+        Ok(())
+    }
+
+    /// Measures one daemon with more and more devices.
+    fn scale(&mut self, run: &mut Run) -> Result<()> {
+        // Nothing else shall run beside them.
+        self.daemon = None;
+        for count in case::scale::DEVICES {
+            self.progress.show(&format!("scale, {count} devices"));
+            let what = || format!("scale with {count} devices");
+            run.results.extend(case::scale::run(&self.scratch, count, self.rounds).with_context(what)?);
+        }
         Ok(())
     }
 
@@ -211,7 +226,7 @@ impl Bench {
             duration,
             cpus: self.cpus,
             folder: self.scratch.path().to_owned(),
-            hub: self.daemon.as_ref().map(|daemon| daemon.hub().clone()),
+            hub: self.daemon.as_ref().map(|daemon| daemon.hub().to_owned()),
             ring,
             name: format!("m{}", COUNT.fetch_add(1, Ordering::Relaxed)),
         }
@@ -236,11 +251,18 @@ impl Progress {
         Progress { bar, case: String::new() }
     }
 
-    fn show(&mut self, case: &str, transport: Transport) {
+    /// The next measurement starts.
+    fn step(&mut self, case: &str, transport: Transport) {
+        self.show(case);
         self.bar.inc(1);
         self.bar.set_message(format!("{case} over {}", transport.name()));
+    }
+
+    /// What is measured now.
+    fn show(&mut self, case: &str) {
         if self.case != case {
             self.case = case.to_owned();
+            self.bar.set_message(self.case.clone());
             if !std::io::stderr().is_terminal() {
                 eprintln!("{case}");
             }

@@ -125,11 +125,6 @@ impl Unit {
             Unit::GigabytesPerSecond => "GB/s",
         }
     }
-
-    /// Whether less is better.
-    pub fn less_is_better(self) -> bool {
-        self == Unit::Nanoseconds
-    }
 }
 
 /// How the bare ring is built when it is at its best on this machine.

@@ -72,8 +72,8 @@ pub fn run(args: Args) -> Result<()> {
     if !args.json {
         println!("{content}, between two processes, each with a device of its own:");
     }
-    let mut cross = |map: bool| -> Result<Crossed> {
-        let job = Job { hub: daemon.hub().clone(), file: args.file.clone(), map };
+    let cross = |map: bool| -> Result<Crossed> {
+        let job = Job { hub: daemon.hub().to_owned(), file: args.file.clone(), map };
         let way = if map { "map" } else { "move" };
         let crossed = cross(&job, content.bytes(), way).with_context(|| format!("the {way} failed"))?;
         if !args.json {

@@ -22,8 +22,6 @@ pub struct Measured {
     pub case: String,
     /// What carried the bytes; or, in `scale`, what was served.
     pub transport: Transport,
-    /// What was done; `None` if it is not a measurement of two processes.
-    pub work: Option<Work>,
     /// The unit of all figures, as written.
     pub unit: &'static str,
     /// The figure of each round.
@@ -83,7 +81,6 @@ impl Measured {
         Measured {
             case: case.to_owned(),
             transport,
-            work: Some(work),
             unit: unit.name(),
             rounds: rounds.iter().map(|outcome| convert(outcome.value)).collect(),
             p50,
@@ -93,7 +90,39 @@ impl Measured {
     }
 }
 
+/// The results of `scale`, by what was measured and by the number of devices.
+pub struct ScaleTable<'a> {
+    /// Numbers of devices.
+    pub devices: Vec<u64>,
+    /// What, and the result for each number of devices.
+    pub rows: Vec<(String, Vec<Option<&'a Measured>>)>,
+}
+
 impl Run {
+    /// The results of `scale`, if it was measured.
+    pub fn scale(&self) -> Option<ScaleTable<'_>> {
+        let mut table = ScaleTable { devices: Vec::new(), rows: Vec::new() };
+        for result in &self.results {
+            let Some((what, devices)) = result.case.strip_prefix("scale-").and_then(|c| c.rsplit_once('-'))
+            else {
+                continue;
+            };
+            let Ok(devices) = devices.parse() else { continue };
+            let column = table.devices.iter().position(|d| *d == devices).unwrap_or_else(|| {
+                table.devices.push(devices);
+                table.devices.len() - 1
+            });
+            let row = table.rows.iter().position(|(name, _)| name == what).unwrap_or_else(|| {
+                table.rows.push((what.to_owned(), Vec::new()));
+                table.rows.len() - 1
+            });
+            let cells = &mut table.rows[row].1;
+            cells.resize(cells.len().max(column + 1), None);
+            cells[column] = Some(result);
+        }
+        (!table.rows.is_empty()).then_some(table)
+    }
+
     /// The figure of a case over a transport, if it was measured.
     pub fn value(&self, case: &str, transport: Transport) -> Option<f64> {
         self.results.iter().find(|r| r.case == case && r.transport == transport).map(Measured::value)

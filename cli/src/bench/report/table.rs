@@ -73,9 +73,16 @@ pub fn verdicts(run: &Run) -> Vec<Verdict> {
 
 /// The whole text. The sweep is left out: it is many figures, and a picture shows them better.
 pub fn text(run: &Run) -> String {
+    let mut out = cases(run);
+    scale(run, &mut out);
+    promises(run, &mut out);
+    out
+}
+
+fn cases(run: &Run) -> String {
     let mut out = String::new();
     let mut case = "";
-    for r in run.results.iter().filter(|r| !r.case.starts_with("sweep-")) {
+    for r in run.results.iter().filter(|r| !r.case.starts_with("sweep-") && !r.case.starts_with("scale-")) {
         if r.case != case {
             case = &r.case;
             let _ = writeln!(
@@ -86,6 +93,26 @@ pub fn text(run: &Run) -> String {
         }
         let _ = writeln!(out, "{}", row(r));
     }
+    out
+}
+
+fn scale(run: &Run, out: &mut String) {
+    let Some(table) = run.scale() else { return };
+    let _ = write!(out, "\n{:<22}", "devices");
+    for count in &table.devices {
+        let _ = write!(out, "{count:>12}");
+    }
+    out.push('\n');
+    for (what, cells) in &table.rows {
+        let _ = write!(out, "  {:<20}", what.replace('-', " "));
+        for cell in cells {
+            let _ = write!(out, "{:>12}", cell.map_or_else(String::new, |r| figure(r.value())));
+        }
+        let _ = writeln!(out, "  {}", cells.iter().flatten().next().map_or("", |r| r.unit));
+    }
+}
+
+fn promises(run: &Run, out: &mut String) {
     let verdicts = verdicts(run);
     if !verdicts.is_empty() {
         let _ = writeln!(out, "\n{:<38}{:<32}{:>8}{:>9}{:>9}", "promised", "ratio of", "is", "must", "aim");
@@ -102,7 +129,6 @@ pub fn text(run: &Run) -> String {
             );
         }
     }
-    out
 }
 
 fn row(r: &Measured) -> String {

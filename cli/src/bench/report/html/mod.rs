@@ -231,41 +231,22 @@ fn distributions(run: &Run, out: &mut String) -> Result<()> {
 }
 
 fn scale(run: &Run, out: &mut String) -> Result<()> {
-    let results: Vec<_> = run.results.iter().filter(|r| r.case.starts_with("scale-")).collect();
-    if results.is_empty() {
-        return Ok(());
-    }
+    let Some(table) = run.scale() else { return Ok(()) };
     out.push_str(
-        "<h2>More and more devices</h2>\n<p class=\"note\">One daemon. If a column does not change, the cost of one \
-         more device does not depend on their number.</p>\n<div class=\"card\"><table>\n<tr><th>",
+        "<h2>More and more devices</h2>\n<p class=\"note\">One daemon. What does not grow along a row does not depend \
+         on the number of devices.</p>\n<div class=\"card\"><table>\n<tr><th>devices",
     );
-    let split = |r: &Measured| {
-        let (what, devices) = r.case.strip_prefix("scale-")?.rsplit_once('-')?;
-        Some((what.to_owned(), devices.parse::<u64>().ok()?))
-    };
-    let keys: Vec<_> = results.iter().filter_map(|r| split(r)).collect();
-    let mut devices: Vec<_> = keys.iter().map(|k| k.1).collect();
-    devices.sort_unstable();
-    devices.dedup();
-    for count in &devices {
-        write!(out, "<th class=\"number\">{count} device{}", if *count == 1 { "" } else { "s" })?;
+    for count in &table.devices {
+        write!(out, "<th class=\"number\">{count}")?;
     }
-    out.push('\n');
-    let mut rows: Vec<&str> = Vec::new();
-    for (what, _) in &keys {
-        if !rows.contains(&what.as_str()) {
-            rows.push(what);
-        }
-    }
-    for what in rows {
+    out.push_str("<th>\n");
+    for (what, cells) in &table.rows {
         write!(out, "<tr><td>{}", what.replace('-', " "))?;
-        for count in &devices {
-            let case = format!("scale-{what}-{count}");
-            let cell = results.iter().find(|r| r.case == case);
-            let text = cell.map_or_else(String::new, |r| format!("{} {}", table::figure(r.value()), r.unit));
+        for cell in cells {
+            let text = cell.map_or_else(String::new, |r| table::figure(r.value()));
             write!(out, "<td class=\"number\">{text}")?;
         }
-        out.push('\n');
+        writeln!(out, "<td>{}", cells.iter().flatten().next().map_or("", |r| r.unit))?;
     }
     out.push_str("</table></div>\n");
     Ok(())
