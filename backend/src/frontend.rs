@@ -70,6 +70,8 @@ struct Pending {
     deadline: Instant,
     /// Nobody waits for the reply any more.
     abandoned: bool,
+    /// It is overdue: nothing else is accepted before it comes.
+    overdue: bool,
 }
 
 /// Counts of requests sent.
@@ -115,12 +117,12 @@ impl Channel {
 
     /// When the request under way fails, if one is.
     pub fn deadline(&self) -> Option<Instant> {
-        self.pending.as_ref().filter(|p| !p.abandoned).map(|p| p.deadline)
+        self.pending.as_ref().filter(|p| !p.overdue).map(|p| p.deadline)
     }
 
     /// Sends a request, now or after those before it. What fails at once is put into `outcomes`.
     pub fn request(&mut self, request: MapRequest, now: Instant, outcomes: &mut Vec<MapOutcome>) {
-        if self.pending.as_ref().is_some_and(|p| p.abandoned) {
+        if self.pending.as_ref().is_some_and(|p| p.overdue) {
             outcomes.push(MapOutcome { request, done: false });
             return;
         }
@@ -148,8 +150,8 @@ impl Channel {
             let Some(request) = self.queue.pop_front() else { return };
             match self.send(&request) {
                 Ok(()) => {
-                    self.pending =
-                        Some(Pending { request, deadline: now + REPLY_DEADLINE, abandoned: false });
+                    let deadline = now + REPLY_DEADLINE;
+                    self.pending = Some(Pending { request, deadline, abandoned: false, overdue: false });
                 }
                 Err(error) => {
                     tracing::debug!("a request to a front-end could not be sent: {error}");
@@ -253,14 +255,12 @@ impl Channel {
 
     /// Fails what is overdue.
     pub fn expire(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) {
-        match &mut self.pending {
-            Some(pending) if !pending.abandoned && pending.deadline <= now => {
-                pending.abandoned = true;
-                outcomes.push(MapOutcome { request: pending.request.clone(), done: false });
-                self.fail_queue(outcomes);
-            }
-            _ => {}
+        let Some(pending) = self.pending.as_mut().filter(|p| !p.overdue && p.deadline <= now) else { return };
+        pending.overdue = true;
+        if !std::mem::replace(&mut pending.abandoned, true) {
+            outcomes.push(MapOutcome { request: pending.request.clone(), done: false });
         }
+        self.fail_queue(outcomes);
     }
 
     /// The channel is broken: everything fails.
@@ -279,5 +279,180 @@ impl Channel {
 impl AsRawFd for Channel {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    const MESSAGE_SIZE: usize = HEADER_SIZE + size_of::<VhostUserMMap>();
+
+    struct World {
+        channel: Channel,
+        theirs: UnixStream,
+        outcomes: Vec<MapOutcome>,
+        now: Instant,
+    }
+
+    impl World {
+        fn new() -> World {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            theirs.set_nonblocking(true).unwrap();
+            World { channel: Channel::new(ours.into()), theirs, outcomes: Vec::new(), now: Instant::now() }
+        }
+
+        fn open() -> World {
+            let mut world = World::new();
+            world.channel.open(world.now, &mut world.outcomes);
+            world
+        }
+
+        fn request(&mut self, extent: u32, map: bool) {
+            let file = map.then(|| Arc::new(MemFile::new(1 << 20, None).unwrap()));
+            let request = MapRequest {
+                device: DeviceId::for_tests(1),
+                extent: ExtentId::new(extent).unwrap(),
+                file,
+                offset: u64::from(extent) << 21,
+                len: 1 << 20,
+            };
+            self.channel.request(request, self.now, &mut self.outcomes);
+        }
+
+        /// What the front-end finds: request code and window offset.
+        fn arrived(&mut self) -> Option<(u32, u64)> {
+            let mut bytes = [0; MESSAGE_SIZE];
+            self.theirs.read_exact(&mut bytes).ok()?;
+            let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+            assert_eq!((word(4), word(8)), (1 | 8, 40));
+            assert_eq!(bytes[HEADER_SIZE], WINDOW_SHMID);
+            Some((word(0), u64::from_ne_bytes(bytes[28..36].try_into().unwrap())))
+        }
+
+        fn reply(&mut self, code: u32, value: u64) -> Result<(), ChannelError> {
+            let mut bytes = Vec::new();
+            for word in [code, 1 | 4, 8] {
+                bytes.extend(word.to_ne_bytes());
+            }
+            bytes.extend(value.to_ne_bytes());
+            self.theirs.write_all(&bytes).unwrap();
+            self.channel.receive(self.now, &mut self.outcomes)
+        }
+
+        fn ended(&mut self) -> Vec<(u32, bool)> {
+            self.outcomes.drain(..).map(|o| (o.request.extent.get(), o.done)).collect()
+        }
+    }
+
+    #[test]
+    fn nothing_is_sent_before_the_device_is_started() {
+        let mut world = World::new();
+        world.request(1, true);
+        assert_eq!(world.arrived(), None);
+        world.channel.open(world.now, &mut world.outcomes);
+        assert_eq!(world.arrived(), Some((9, 1 << 21)));
+        assert!(world.ended().is_empty());
+    }
+
+    #[test]
+    fn one_request_is_under_way_at_a_time() {
+        let mut world = World::open();
+        for extent in 1..4 {
+            world.request(extent, extent != 2);
+        }
+        assert_eq!((world.arrived(), world.arrived()), (Some((9, 1 << 21)), None));
+        world.reply(9, 0).unwrap();
+        assert_eq!((world.arrived(), world.arrived()), (Some((10, 2 << 21)), None));
+        world.reply(10, 1).unwrap();
+        assert_eq!(world.arrived(), Some((9, 3 << 21)));
+        world.reply(9, 0).unwrap();
+        assert_eq!(world.ended(), [(1, true), (2, false), (3, true)]);
+        assert_eq!((world.channel.sent().maps, world.channel.sent().unmaps), (2, 1));
+    }
+
+    #[test]
+    fn a_front_end_that_does_not_answer_fails_what_waits_and_what_comes() {
+        let mut world = World::open();
+        world.request(1, true);
+        world.request(2, true);
+        world.channel.expire(world.now, &mut world.outcomes);
+        assert!(world.ended().is_empty());
+        let deadline = world.channel.deadline().unwrap();
+        world.channel.expire(deadline, &mut world.outcomes);
+        assert_eq!(world.ended(), [(1, false), (2, false)]);
+        world.request(3, true);
+        assert_eq!(world.ended(), [(3, false)]);
+        assert_eq!(world.channel.deadline(), None);
+        // It answers at last: what it mapped is unmapped, and all is well again.
+        assert_eq!(world.arrived(), Some((9, 1 << 21)));
+        world.reply(9, 0).unwrap();
+        assert_eq!(world.arrived(), Some((10, 1 << 21)));
+        world.request(4, true);
+        world.reply(10, 0).unwrap();
+        assert_eq!(world.arrived(), Some((9, 4 << 21)));
+        world.reply(9, 0).unwrap();
+        assert_eq!(world.ended().last(), Some(&(4, true)));
+    }
+
+    #[test]
+    fn after_a_reset_what_was_under_way_is_undone_and_told_to_nobody() {
+        let mut world = World::open();
+        world.request(1, true);
+        world.request(2, true);
+        assert_eq!(world.arrived(), Some((9, 1 << 21)));
+        world.channel.close();
+        world.reply(9, 0).unwrap();
+        assert_eq!(world.arrived(), None);
+        world.channel.open(world.now, &mut world.outcomes);
+        assert_eq!(world.arrived(), Some((10, 1 << 21)));
+        world.reply(10, 1).unwrap();
+        assert!(world.ended().iter().all(|(extent, _)| *extent == 1));
+        world.request(3, true);
+        assert_eq!(world.arrived(), Some((9, 3 << 21)));
+        // What comes after a reset waits for the reply that is under way, as long as that is not overdue.
+        world.channel.close();
+        world.channel.open(world.now, &mut world.outcomes);
+        world.request(4, true);
+        assert_eq!((world.ended().len(), world.arrived()), (0, None));
+        world.reply(9, 1).unwrap();
+        assert_eq!(world.arrived(), Some((9, 4 << 21)));
+    }
+
+    #[test]
+    fn what_is_no_reply_ends_the_channel() {
+        for (code, sent) in [(9, false), (10, true), (77, true)] {
+            let mut world = World::open();
+            if sent {
+                world.request(1, true);
+            }
+            assert!(matches!(world.reply(code, 0), Err(ChannelError::Unexpected)));
+        }
+        let mut world = World::open();
+        world.request(1, true);
+        world.theirs.shutdown(std::net::Shutdown::Both).unwrap();
+        assert!(matches!(
+            world.channel.receive(world.now, &mut world.outcomes),
+            Err(ChannelError::Closed | ChannelError::Io(_))
+        ));
+        world.channel.fail(&mut world.outcomes);
+        assert_eq!(world.ended(), [(1, false)]);
+    }
+
+    #[test]
+    fn a_reply_in_pieces_is_a_reply() {
+        let mut world = World::open();
+        world.request(1, true);
+        let mut bytes = [0; REPLY_SIZE];
+        bytes[..4].copy_from_slice(&9u32.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&5u32.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&8u32.to_ne_bytes());
+        for byte in bytes {
+            assert!(world.ended().is_empty());
+            world.theirs.write_all(&[byte]).unwrap();
+            world.channel.receive(world.now, &mut world.outcomes).unwrap();
+        }
+        assert_eq!(world.ended(), [(1, true)]);
     }
 }

@@ -13,6 +13,14 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeviceId(pub(super) u64);
 
+#[cfg(test)]
+impl DeviceId {
+    /// Any device.
+    pub fn for_tests(number: u64) -> DeviceId {
+        DeviceId(number)
+    }
+}
+
 /// What driver and front-end of a device can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Capabilities {
