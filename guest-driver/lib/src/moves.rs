@@ -149,10 +149,9 @@ impl State {
             let status = self.slots.memory().slice(..).read_u8(usize::from(head) * SLOT + HEADER_SIZE);
             let result = Status::from_byte(status)
                 .map_err(|_| Error::Contract("a move's status is not one of version 1"))?;
-            match &posted.progress {
-                Some(progress) => progress.complete(&posted, result)?,
-                // The DMB may have ended meanwhile; who rings learns that by an event.
-                None => {}
+            // A ring that failed has no owner to wake any more; who rings learns that by an event.
+            if let Some(progress) = &posted.progress {
+                progress.complete(&posted, result)?;
             }
         }
         Ok(())

@@ -306,8 +306,13 @@ pub(crate) mod tests {
             self.set_used(self.used);
         }
 
-        fn set_used(&self, index: u16) {
+        pub(crate) fn set_used(&self, index: u16) {
             self.memory.memory().atomic_u16(self.layout.used + 2).store(index, Ordering::Release);
+        }
+
+        /// Asks to be kicked for the next chain that was not taken yet.
+        pub(crate) fn want_kick(&self) {
+            self.ask_for_kick(self.taken);
         }
 
         /// Asks to be kicked for the chain that follows the first `index` ones.
@@ -382,7 +387,8 @@ pub(crate) mod tests {
 
     #[test]
     fn a_device_that_lies_is_caught() {
-        let cases: [(&dyn Fn(&mut DeviceSide, u32), Error); 6] = [
+        type Lie<'a> = &'a dyn Fn(&mut DeviceSide, u32);
+        let cases: [(Lie<'_>, Error); 6] = [
             (&|d, head| d.give(head, 9), BAD_LENGTH),
             (&|d, head| d.give(head + 1, 0), BAD_HEAD),
             (&|d, _| d.give(8, 0), BAD_HEAD),

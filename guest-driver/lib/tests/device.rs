@@ -47,7 +47,7 @@ fn two_processes_exchange_a_message() {
     let example = test.ancestors().nth(2).unwrap().join("examples/exchange");
     let reader = Command::new(&example).arg(daemon.hub()).stdout(Stdio::piped()).spawn().unwrap();
     let gid = until("the reader is a device", || daemon.report().devices.first().map(|d| d.gid.clone()));
-    let writer = Command::new(&example).arg(daemon.hub()).arg(gid.to_string()).status().unwrap();
+    let writer = Command::new(&example).arg(daemon.hub()).arg(&gid).status().unwrap();
     assert!(writer.success());
     let reader = reader.wait_with_output().unwrap();
     assert!(reader.status.success());

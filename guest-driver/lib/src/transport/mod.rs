@@ -3,6 +3,8 @@
 //! The order of use: [`offered`](Transport::offered), [`accept`](Transport::accept), then the rest;
 //! [`start`](Transport::start) once. Dropping the transport resets the device.
 
+#[cfg(test)]
+pub(crate) mod fake;
 pub(crate) mod pci;
 pub(crate) mod vhost_user;
 
