@@ -470,15 +470,14 @@ fn notify(home: &Home, target: &Target, header: &MoveHeader, counters: &Counters
             }
             wake
         });
-        match wake.ok_or(Status::Reset)? {
-            Some(Wake::Signal) => ring = true,
-            Some(Wake::Futex) => Counters::add(&counters.rung, 1),
-            None if !ring => Counters::add(&counters.suppressed, 1),
-            None => {}
+        let wake = wake.ok_or(Status::Reset)?;
+        ring |= wake == Some(Wake::Signal);
+        if matches!(home, Home::Ram { .. }) {
+            // For a DMB in the pool the control line counts, which the daemon can read whenever it is asked.
+            Counters::add(if wake.is_some() { &counters.rung } else { &counters.suppressed }, 1);
         }
     }
     if ring {
-        Counters::add(&counters.rung, 1);
         let event = Event::Signal { index: target.index, token: target.token, gid: target.sender };
         // A signal merges with one that waits, so there is always room.
         let _ = target.owner.tell(event);
@@ -744,7 +743,9 @@ mod tests {
             assert_eq!(world.signals(), 1);
         }
         let counters = &world.queue.port.counters;
-        assert_eq!((Counters::get(&counters.rung), Counters::get(&counters.suppressed)), (4, 4));
+        assert_eq!((Counters::get(&counters.rung), Counters::get(&counters.suppressed)), (1, 2));
+        let stats = world.file.line(64).stats();
+        assert_eq!((stats.rung, stats.suppressed), (1, 2));
         assert_eq!(world.owner.read(world.line, 4), [0; 4]);
     }
 

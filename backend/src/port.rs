@@ -42,9 +42,9 @@ pub struct Counters {
     pub refused: AtomicU64,
     /// Bytes moved.
     pub bytes: AtomicU64,
-    /// Signals that notified somebody.
+    /// Signals for RAM DMBs that woke somebody.
     pub rung: AtomicU64,
-    /// Signals that had no need to.
+    /// Signals for RAM DMBs that had no need to.
     pub suppressed: AtomicU64,
 }
 

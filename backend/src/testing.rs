@@ -92,6 +92,11 @@ impl TestRing {
         TestRing { layout, offered: 0, seen: 0 }
     }
 
+    /// How many chains were offered.
+    pub fn offered(&self) -> u16 {
+        self.offered
+    }
+
     /// The device's end.
     pub fn vring(&self, memory: &DeviceMemory) -> Vring {
         Vring::new(self.layout, memory.guest()).unwrap()

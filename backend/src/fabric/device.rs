@@ -5,6 +5,7 @@ use crate::pool::ranges::Ranges;
 use crate::port::Port;
 use crate::settings::Limits;
 use dmbridge_proto::ids::{ExtentId, Gid, Token};
+use dmbridge_proto::line::LineStats;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
@@ -84,10 +85,13 @@ pub struct Usage {
     pub extents: u32,
     /// Their sizes together, in bytes.
     pub mapped_bytes: u64,
-    /// Signals that rang, and that had no need to, as counted in the control lines of the DMBs that it writes.
-    pub rung: u64,
-    /// See `rung`.
-    pub suppressed: u64,
+    /// Signals as counted in the control lines of the DMBs that it writes or wrote.
+    pub signals: LineStats,
+}
+
+/// Adds what guests counted: any numbers.
+pub(super) fn sum(a: LineStats, b: LineStats) -> LineStats {
+    LineStats { rung: a.rung.saturating_add(b.rung), suppressed: a.suppressed.saturating_add(b.suppressed) }
 }
 
 /// An extent's place in a device's window.
@@ -162,6 +166,8 @@ pub(super) struct State {
     pub incoming: HashSet<Token>,
     /// Those of them that it has attached.
     pub attached: HashSet<Token>,
+    /// What was counted in the lines of DMBs that it wrote and that have ended.
+    pub past_signals: LineStats,
     /// The extent that its control queue waits for.
     pub waiting_for: Option<ExtentId>,
 }
@@ -184,6 +190,7 @@ impl State {
             indices: Indices::default(),
             incoming: HashSet::new(),
             attached: HashSet::new(),
+            past_signals: LineStats::default(),
             waiting_for: None,
         }
     }
@@ -232,17 +239,13 @@ impl State {
             let (extent, place) = dmb.place.as_ref()?;
             Some(fabric.extents.get(extent)?.memory.file().line(place.line_offset()).stats())
         });
-        let (rung, suppressed) = lines.fold((0u64, 0u64), |(rung, suppressed), stats| {
-            (rung.saturating_add(stats.rung), suppressed.saturating_add(stats.suppressed))
-        });
         Usage {
             dmbs: self.registered,
             dmb_bytes: self.registered_bytes,
             attached: self.attached.len() as u32,
             extents,
             mapped_bytes,
-            rung,
-            suppressed,
+            signals: lines.fold(self.past_signals, sum),
         }
     }
 }

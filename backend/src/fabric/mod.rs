@@ -167,7 +167,11 @@ impl Fabric {
     fn end_dmb(&mut self, token: Token) {
         let Some(dmb) = self.dmbs.remove(&token) else { return };
         dmb.target.close();
+        let stats = dmb.place.as_ref().and_then(|(extent, place)| {
+            Some(self.extents.get(extent)?.memory.file().line(place.line_offset()).stats())
+        });
         if let Some(peer) = self.devices.get_mut(&dmb.peer) {
+            peer.past_signals = device::sum(peer.past_signals, stats.unwrap_or_default());
             peer.device.port.remove_target(token);
             peer.incoming.remove(&token);
             peer.attached.remove(&token);
@@ -202,6 +206,10 @@ impl Fabric {
         }
         let Some((id, place)) = dmb.place else { return };
         let Some(extent) = self.extents.get_mut(&id) else { return };
+        if let Some(peer) = self.devices.get_mut(&dmb.peer) {
+            let stats = extent.memory.file().line(place.line_offset()).stats();
+            peer.past_signals = device::sum(peer.past_signals, stats);
+        }
         extent.memory.give(&place);
         if extent.condemned && extent.memory.is_empty() {
             self.end_extent(id);

@@ -1,5 +1,8 @@
 //! The daemon as a value: started from settings, asked through a handle, stopped.
 
+#[cfg(test)]
+mod tests;
+
 use crate::control::{Control, Entrance, Identity, Setup};
 use crate::copy_plan;
 use crate::doorbell::{self, Doorbell, Message};
