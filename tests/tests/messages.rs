@@ -11,8 +11,11 @@ fn five_hundred_dmbs_in_a_mapped_extent_need_no_request_to_a_front_end() {
     // A DMB of 8 MiB makes an extent with room for the lines and pages of 500 small ones.
     let first = owner.register(peer.gid(), 8 << 20).expect("a DMB");
     peer.attach(first.token).expect("attached");
+    let seen = |front_end: &RawFrontend| {
+        let window = front_end.window();
+        (window.maps, window.unmaps)
+    };
     let requests = |owner: &RawFrontend, peer: &RawFrontend| {
-        let seen = |f: &RawFrontend| (f.window().maps, f.window().unmaps);
         let report = daemon.report();
         let counted: Vec<_> = report.devices.iter().map(|d| (d.map_requests, d.unmap_requests)).collect();
         (seen(owner), seen(peer), counted)
@@ -46,7 +49,8 @@ fn a_pairs_extents_grow_so_that_there_are_few() {
     for _ in 0..256 {
         owner.register(peer.gid(), 256 << 10).expect("a DMB");
     }
-    let extents = owner.window().extents();
+    let window = owner.window();
+    let extents = window.extents();
     assert!((2..=8).contains(&extents.len()), "64 MiB in extents of {extents:x?}");
-    assert_eq!(owner.window().maps, extents.len() as u64);
+    assert_eq!(window.maps, extents.len() as u64);
 }
