@@ -795,7 +795,7 @@ mod tests {
             AttachReply { line_offset: 8, ..ok },
             AttachReply { size: 0, ..ok },
             AttachReply { size: 100, ..ok },
-            AttachReply { size: u64::MAX & !4095, ..ok },
+            AttachReply { size: !4095, ..ok },
             AttachReply { size: WINDOW, ..ok },
         ] {
             let (device, fake) = device();

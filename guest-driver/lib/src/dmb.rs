@@ -183,7 +183,7 @@ impl Dmb {
         self.state.peer_gone.load(Ordering::Acquire)
     }
 
-    /// Whether the peer had attached the DMB and let it go: it will not store into it any more (it could still move).
+    /// Whether the peer had attached the DMB and has let it go at some time. It could attach it again, and it could move.
     pub fn is_detached(&self) -> bool {
         self.state.detached.load(Ordering::Acquire)
     }

@@ -285,63 +285,59 @@ impl<'a> SharedSlice<'a> {
         unsafe { store(word.ptr.as_ptr().cast(), value.to_le()) }
     }
 
-    /// Reads it all, in order, as little-endian 8-byte words; returns the rest of less than eight bytes. This is how to
+    /// Reads it in order, in blocks of eight little-endian words; returns the rest of less than 64 bytes. This is how to
     /// use every byte that a peer wrote without copying it first.
     #[inline]
-    pub fn for_each_u64(&self, mut each: impl FnMut(u64)) -> SharedSlice<'a> {
-        let words = self.len / 8;
+    pub fn for_each_block(&self, mut each: impl FnMut([u64; 8])) -> SharedSlice<'a> {
+        let blocks = self.len / 64;
         let from = self.ptr.as_ptr().cast::<u64>();
-        let mut at = 0;
-        if from.is_aligned() {
-            // Eight independent loads per turn, so that the loop costs nothing beside them.
-            while at + 8 <= words {
-                // SAFETY: at + 8 <= words, aligned.
-                let block: [u64; 8] = std::array::from_fn(|i| unsafe { from.add(at + i).read_volatile() });
-                block.into_iter().for_each(|word| each(u64::from_le(word)));
-                at += 8;
-            }
+        for block in 0..blocks {
+            // SAFETY: the block lies inside.
+            each(std::array::from_fn(|word| u64::from_le(unsafe { load(from.add(block * 8 + word)) })));
         }
-        while at < words {
-            // SAFETY: at < words.
-            each(u64::from_le(unsafe { load(from.add(at)) }));
-            at += 1;
-        }
-        self.slice(words * 8..)
+        self.slice(blocks * 64..)
     }
 
-    /// Writes it all, in order, as little-endian 8-byte words; returns the rest of less than eight bytes. This is how to
+    /// As [`for_each_block`](Self::for_each_block), word by word; returns the rest of less than eight bytes.
+    #[inline]
+    pub fn for_each_u64(&self, mut each: impl FnMut(u64)) -> SharedSlice<'a> {
+        let rest = self.for_each_block(|block| block.into_iter().for_each(&mut each));
+        let words = rest.len / 8;
+        (0..words).for_each(|word| each(rest.read_u64(word * 8)));
+        rest.slice(words * 8..)
+    }
+
+    /// Writes it in order, in blocks of eight little-endian words; returns the rest of less than 64 bytes. This is how to
     /// generate data where the peer will read it.
     #[inline]
-    pub fn fill_u64_with(&self, mut next: impl FnMut() -> u64) -> SharedSlice<'a> {
-        let words = self.len / 8;
+    pub fn fill_blocks_with(&self, mut next: impl FnMut() -> [u64; 8]) -> SharedSlice<'a> {
+        let blocks = self.len / 64;
         let to = self.ptr.as_ptr().cast::<u64>();
-        // Where plain stores are slow, whole lines go past the caches: what is generated is written once, and read by
+        // Where plain stores are slow, the words go past the caches: what is generated is written once, and read by
         // somebody else.
         let stream = to.is_aligned() && self.memory.plan.method(self.len) != CopyMethod::Plain;
-        let first_line = if stream { to.align_offset(64).min(words) } else { words };
-        let past_lines = words - (words - first_line) % 8;
-        let mut at = 0;
-        while at < first_line {
-            // SAFETY: at < words.
-            unsafe { store(to.add(at), next().to_le()) };
-            at += 1;
-        }
-        while at < past_lines {
-            for _ in 0..8 {
-                // SAFETY: at < words, aligned.
-                unsafe { shm::stream_word(next().to_le(), to.add(at)) };
-                at += 1;
+        for block in 0..blocks {
+            for (word, value) in next().into_iter().enumerate() {
+                // SAFETY: the block lies inside; aligned where that is asked for.
+                unsafe {
+                    let to = to.add(block * 8 + word);
+                    if stream { shm::stream_word(value.to_le(), to) } else { store(to, value.to_le()) }
+                }
             }
         }
         if stream {
             shm::end_of_stream();
         }
-        while at < words {
-            // SAFETY: at < words.
-            unsafe { store(to.add(at), next().to_le()) };
-            at += 1;
-        }
-        self.slice(words * 8..)
+        self.slice(blocks * 64..)
+    }
+
+    /// As [`fill_blocks_with`](Self::fill_blocks_with), word by word; returns the rest of less than eight bytes.
+    #[inline]
+    pub fn fill_u64_with(&self, mut next: impl FnMut() -> u64) -> SharedSlice<'a> {
+        let rest = self.fill_blocks_with(|| std::array::from_fn(|_| next()));
+        let words = rest.len / 8;
+        (0..words).for_each(|word| rest.write_u64(word * 8, next()));
+        rest.slice(words * 8..)
     }
 }
 

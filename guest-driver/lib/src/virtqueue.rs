@@ -386,6 +386,20 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn without_event_index_a_flag_says_whether_to_kick() {
+        let layout = Layout::new(8, false);
+        let memory = Ram::default().allocate(layout.len, 4096, &|_| Ok(())).unwrap();
+        let mut queue = Virtqueue::new(memory.clone(), layout, false, false);
+        let mut add = || {
+            queue.add(&pieces(4096, 1), &[]).unwrap();
+            queue.publish()
+        };
+        assert!(add());
+        memory.memory().atomic_u16(layout.used).store(NO_NOTIFY.to_le(), Ordering::Relaxed);
+        assert!(!add());
+    }
+
+    #[test]
     fn a_device_that_lies_is_caught() {
         type Lie<'a> = &'a dyn Fn(&mut DeviceSide, u32);
         let cases: [(Lie<'_>, Error); 6] = [

@@ -4,7 +4,7 @@ use dmbridge::{Builder, Device, DmbSender, Error, Event, GoneReason, Status};
 use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::deadline::{DEADLINE, until, until_equal};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::io::IoSlice;
+use std::io::{BufRead, BufReader, IoSlice};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -45,13 +45,13 @@ fn two_processes_exchange_a_message() {
     // Beside this test: target/profile/deps/test, target/profile/examples/exchange.
     let test = std::env::current_exe().unwrap();
     let example = test.ancestors().nth(2).unwrap().join("examples/exchange");
-    let reader = Command::new(&example).arg(daemon.hub()).stdout(Stdio::piped()).spawn().unwrap();
-    let gid = until("the reader is a device", || daemon.report().devices.first().map(|d| d.gid.clone()));
-    let writer = Command::new(&example).arg(daemon.hub()).arg(&gid).status().unwrap();
+    let mut reader = Command::new(&example).arg(daemon.hub()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(reader.stdout.take().unwrap()).lines();
+    let gid = lines.next().unwrap().unwrap();
+    let writer = Command::new(&example).arg(daemon.hub()).arg(gid).status().unwrap();
     assert!(writer.success());
-    let reader = reader.wait_with_output().unwrap();
-    assert!(reader.status.success());
-    assert_eq!(String::from_utf8(reader.stdout).unwrap(), format!("{gid}\nHello through a DMB.\n"));
+    assert_eq!(lines.next().unwrap().unwrap(), "Hello through a DMB.");
+    assert!(reader.wait().unwrap().success());
 }
 
 #[test]

@@ -15,6 +15,7 @@ use crate::virtqueue::{Piece, Virtqueue};
 use crate::window::Window;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::collections::VecDeque;
+use std::io::Read;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -54,7 +55,7 @@ pub(crate) struct FakeDevice {
     window: Window,
     config: Config,
     here: UnixStream,
-    _there: UnixStream,
+    there: UnixStream,
 }
 
 /// The driver's side.
@@ -94,7 +95,7 @@ impl FakeDevice {
                 reserved: [0; 4],
             },
             here,
-            _there: there,
+            there,
         })
     }
 
@@ -105,9 +106,8 @@ impl FakeDevice {
 
     /// Whether the driver has closed the connection.
     pub(crate) fn is_given_up(&self) -> bool {
-        use std::io::Read;
-        (&self._there).set_nonblocking(true).unwrap();
-        matches!((&self._there).read(&mut [0]), Ok(0))
+        self.there.set_nonblocking(true).unwrap();
+        matches!((&self.there).read(&mut [0]), Ok(0))
     }
 
     fn memory<T>(&self, piece: Piece, f: impl FnOnce(SharedSlice<'_>) -> T) -> T {
