@@ -221,7 +221,18 @@ impl Vm {
         let log = |what| {
             String::from_utf8_lossy(&fs::read(self.folder.path().join(what)).unwrap_or_default()).into_owned()
         };
-        format!("{}{}", log("console"), log("qemu"))
+        format!("{}{}{}", log("console"), log("qemu"), self.end().unwrap_or_default())
+    }
+
+    /// How QEMU ended, if it has.
+    fn end(&self) -> Option<String> {
+        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+        // It stays to be waited for.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        match waitid(Id::Pid(nix::unistd::Pid::from_raw(self.child.id() as i32)), flags) {
+            Ok(WaitStatus::StillAlive) | Err(_) => None,
+            Ok(status) => Some(format!("QEMU ended: {status:?}\n")),
+        }
     }
 
     /// Unwraps what was done in or to the VM.
