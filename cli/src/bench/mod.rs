@@ -24,6 +24,7 @@ mod tune;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::fs::File;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -73,6 +74,11 @@ pub fn run(args: Args) -> Result<()> {
     let mut run = Run { machine: Machine::look()?, results: Vec::new() };
     let lines = plan::lines(&cases, &transports, run.machine.cpus);
     refuse_nonsense(&args, &lines)?;
+    // Before minutes are spent on results that then have nowhere to go.
+    for file in args.json.iter().chain(&args.html).filter(|file| *file != Path::new("-")) {
+        let opened = File::options().create(true).write(true).truncate(false).open(file);
+        opened.map_err(|error| usage(format!("{} cannot be written: {error}", file.display())))?;
+    }
 
     let mut bench = Bench::new(&args, &run.machine, &lines)?;
     bench.measure(&mut run, &lines)?;
@@ -102,10 +108,10 @@ fn default_cases(picture: bool) -> Vec<Case> {
 fn choose_transports(asked: &[Transport]) -> Result<Vec<Transport>> {
     let missing = |transport| match transport {
         Transport::Ucx if find_program("ucx_perftest").is_none() => {
-            Some("ucx is left out: ucx_perftest is not installed (Debian: ucx-utils)")
+            Some("ucx cannot be measured: ucx_perftest is not installed (Debian: ucx-utils)")
         }
         Transport::Iceoryx2 if cfg!(not(feature = "iceoryx2")) => {
-            Some("iceoryx2 is left out: this program was built without its feature `iceoryx2`")
+            Some("iceoryx2 cannot be measured: this program was built without its feature `iceoryx2`")
         }
         _ => None,
     };

@@ -68,7 +68,7 @@ impl Shared {
     ///
     /// Panics if that is not inside.
     pub fn word(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset % 8 == 0 && offset + 8 <= self.len.get());
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.len.get());
         // SAFETY: it is aligned and inside of the mapping, which lives as long as self; both processes access it only
         // through this.
         unsafe { &*self.at(offset).cast::<AtomicU64>() }

@@ -14,7 +14,7 @@ use std::fmt::Display;
 use std::mem::MaybeUninit;
 use std::path::Path;
 
-use super::{Duplex, Produce};
+use super::{Duplex, Produce, each_word};
 use crate::bench::case::{pingpong, produce, stream};
 use crate::bench::measure::Outcome;
 use crate::bench::measurement::Worker;
@@ -155,7 +155,7 @@ impl Produce for End {
 
     fn consume(&mut self, _words: usize, word: impl FnMut(u64)) -> Result<u64> {
         let sample = self.next()?;
-        sample.payload().iter().copied().for_each(word);
+        each_word(sample.payload(), word);
         sample.payload().first().copied().context("a message is empty")
     }
 }

@@ -117,9 +117,18 @@ impl<D: Duplex> Produce for Copied<D> {
 
     fn consume(&mut self, words: usize, word: impl FnMut(u64)) -> Result<u64> {
         self.duplex.receive(bytes_of(&mut self.buffer[..words]))?;
-        self.buffer[..words].iter().copied().for_each(word);
+        each_word(&self.buffer[..words], word);
         Ok(self.buffer[0])
     }
+}
+
+/// Hands on each word; in lines, which compilers make wide.
+fn each_word(words: &[u64], mut word: impl FnMut(u64)) {
+    let (lines, rest) = words.as_chunks::<8>();
+    for line in lines {
+        line.iter().copied().for_each(&mut word);
+    }
+    rest.iter().copied().for_each(word);
 }
 
 /// The bytes of words.
