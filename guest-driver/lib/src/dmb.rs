@@ -239,14 +239,14 @@ impl Dmb {
     }
 
     fn wait_slowly(&self, deadline: Option<Instant>, ready: &mut dyn FnMut() -> bool) -> Result<bool, Error> {
-        let state = &*self.state;
-        let start = Instant::now();
-        if state.spinner.spin(deadline, &mut *ready, || self.end().is_some()) {
-            return Ok(true);
-        }
+        let spinner = &self.state.spinner;
+        let start = match spinner.spin(deadline, &mut *ready, || self.end().is_some()) {
+            Ok(()) => return Ok(true),
+            Err(start) => start,
+        };
         let result = self.sleep(deadline, ready);
         if matches!(result, Ok(true)) {
-            state.spinner.slept(start.elapsed());
+            spinner.slept(start.elapsed());
         }
         result
     }

@@ -290,10 +290,10 @@ impl MoveQueue {
         if look() {
             return failure.map_or(Ok(true), Err);
         }
-        let start = Instant::now();
-        if self.spinner.spin(deadline, &mut look, || device.check().is_err()) {
-            return failure.map_or(Ok(true), Err);
-        }
+        let start = match self.spinner.spin(deadline, &mut look, || device.check().is_err()) {
+            Ok(()) => return failure.map_or(Ok(true), Err),
+            Err(start) => start,
+        };
         let result = self.sleep(device, deadline, &until).map_err(|e| device.give_up(e));
         if matches!(result, Ok(true)) {
             self.spinner.slept(start.elapsed());

@@ -53,8 +53,12 @@ const SMALLEST_BUDGET: u64 = 2_000;
 const PATIENCE: u32 = 8;
 /// The longest pause is 2 to this many waits.
 const LONGEST_PAUSE: u32 = 6;
-/// How long to look at the awaited thing between two looks at the clock, in nanoseconds.
+/// How long to look at the awaited thing between two looks at the clock, in nanoseconds, about.
 const BETWEEN_CLOCKS: u64 = 500;
+/// So many looks come before the first clock.
+const FIRST_LOOKS: u32 = 32;
+/// So many looks at most come between two clocks.
+const MOST_LOOKS: u32 = 1024;
 
 /// How long the waits of one buffer spin before they sleep: learned from how they ended, as the kernel's halt polling
 /// does, plus a pause if spinning is in vain although the waits are short, because then the awaited one needs the very
@@ -92,48 +96,48 @@ impl Spinner {
         self.pause.store(0, Ordering::Relaxed);
     }
 
-    /// Spins until `ready`, the budget is spent, `deadline`, or `give_up`, which is asked now and then. Returns whether
-    /// it was ready.
+    /// Spins until `ready`; or until the budget is spent, at `deadline`, or when `give_up` says so, which is asked now and
+    /// then. Then the error is when the wait began, for [`slept`](Self::slept).
     pub(crate) fn spin(
         &self,
         deadline: Option<Instant>,
         mut ready: impl FnMut() -> bool,
         give_up: impl Fn() -> bool,
-    ) -> bool {
+    ) -> Result<(), Instant> {
         let budget = self.budget.load(Ordering::Relaxed);
         if budget == 0 {
-            return false;
+            return Err(Instant::now());
         }
         let pause = self.pause.load(Ordering::Relaxed);
         if pause != 0 {
             self.pause.store(pause - 1, Ordering::Relaxed);
-            return false;
+            return Err(Instant::now());
         }
         // The first looks come before the first clock: most waits of two pollers end here.
-        let mut looks = 16u64;
+        let mut looks = FIRST_LOOKS;
         let mut start = None;
         loop {
             for _ in 0..looks {
                 if ready() {
                     self.misses.store(0, Ordering::Relaxed);
-                    return true;
+                    return Ok(());
                 }
             }
             let now = Instant::now();
             let start = *start.get_or_insert(now);
             let spent = u64::try_from((now - start).as_nanos()).unwrap_or(u64::MAX);
             if spent >= budget || deadline.is_some_and(|d| now >= d) || give_up() {
-                break;
+                self.misses.store(self.misses.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
+                return Err(start);
             }
             if spent < BETWEEN_CLOCKS / 2 {
-                looks = (looks * 2).min(1024);
-            } else if spent > BETWEEN_CLOCKS * 8 && looks > 16 {
+                looks = (looks * 2).min(MOST_LOOKS);
+            } else if spent > BETWEEN_CLOCKS * 8 && looks > FIRST_LOOKS {
+                // `ready` is slow, or somebody else had the CPU.
                 looks /= 2;
             }
             std::hint::spin_loop();
         }
-        self.misses.store(self.misses.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
-        false
     }
 
     /// Learns from a wait that had to sleep and took this long in all.
@@ -181,21 +185,18 @@ mod tests {
 
     #[test]
     fn a_zero_budget_never_looks() {
-        assert!(!Spinner::new(Duration::ZERO).spin(None, || panic!("looked"), || false));
+        assert!(Spinner::new(Duration::ZERO).spin(None, || panic!("looked"), || false).is_err());
     }
 
     #[test]
     fn what_is_ready_is_seen_and_the_budget_stays() {
         let spinner = spinner(50);
         let mut looks = 0;
-        assert!(spinner.spin(
-            None,
-            || {
-                looks += 1;
-                looks == 10
-            },
-            || false
-        ));
+        let ready = || {
+            looks += 1;
+            looks == 10
+        };
+        assert!(spinner.spin(None, ready, || false).is_ok());
         assert_eq!(spinner.budget.load(Ordering::Relaxed), 50_000);
     }
 
@@ -205,9 +206,9 @@ mod tests {
         for _ in 0..10 {
             spinner.slept(Duration::from_millis(1));
         }
-        assert!(!spinner.spin(None, || panic!("looked"), || false));
+        assert!(spinner.spin(None, || panic!("looked"), || false).is_err());
         spinner.slept(Duration::from_micros(10));
-        assert!(spinner.spin(None, || true, || false));
+        assert!(spinner.spin(None, || true, || false).is_ok());
         for _ in 0..10 {
             spinner.slept(Duration::from_micros(10));
         }
@@ -220,14 +221,11 @@ mod tests {
         let mut spun = 0;
         for _ in 0..1000 {
             let mut looked = false;
-            spinner.spin(
-                None,
-                || {
-                    looked = true;
-                    false
-                },
-                || true,
-            );
+            let ready = || {
+                looked = true;
+                false
+            };
+            assert!(spinner.spin(None, ready, || true).is_err());
             spun += u32::from(looked);
             spinner.slept(Duration::from_nanos(900));
         }
