@@ -100,27 +100,43 @@ pub unsafe fn copy_to_shared(method: CopyMethod, src: *const u8, dst: *mut u8, l
     }
 }
 
-/// Stores a word past the caches, for data that is generated in place where [`CopyPlan`] says that plain stores are slow.
-/// Whole cache lines should be stored so, in order. [`end_of_stream`] has to come before anything that announces them.
+/// Stores eight words past the caches, for data that is generated in place where [`CopyPlan`] says that plain stores are
+/// slow. Whole cache lines should be stored so, in order. [`end_of_stream`] has to come before anything that announces
+/// them.
 ///
 /// # Safety
 ///
-/// 8 bytes are writable at `dst`, which is aligned to 8, and no Rust reference to them exists.
+/// 64 bytes are writable at `dst`, which is aligned to 8, and no Rust reference to them exists.
 #[inline]
-pub unsafe fn stream_word(word: u64, dst: *mut u64) {
+pub unsafe fn stream_block(words: [u64; 8], dst: *mut u64) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: the caller's promise; SSE2 is part of x86-64.
-    unsafe {
-        core::arch::x86_64::_mm_stream_si64(dst.cast(), word.cast_signed());
+    {
+        use core::arch::x86_64::{__m128i, _mm_set_epi64x, _mm_stream_si64, _mm_stream_si128};
+        let [a, b, c, d, e, f, g, h] = words.map(u64::cast_signed);
+        let to = dst.cast::<__m128i>();
+        // SAFETY: the caller's promise; SSE2 is part of x86-64. Made in registers: words that were stored one by one could
+        // not be loaded as wider ones without waiting for the stores.
+        unsafe {
+            if to.is_aligned() {
+                _mm_stream_si128(to, _mm_set_epi64x(b, a));
+                _mm_stream_si128(to.add(1), _mm_set_epi64x(d, c));
+                _mm_stream_si128(to.add(2), _mm_set_epi64x(f, e));
+                _mm_stream_si128(to.add(3), _mm_set_epi64x(h, g));
+            } else {
+                for (i, word) in [a, b, c, d, e, f, g, h].into_iter().enumerate() {
+                    _mm_stream_si64(dst.add(i).cast(), word);
+                }
+            }
+        }
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    // SAFETY: the caller's promise.
-    unsafe {
-        dst.write_volatile(word);
+    for (i, word) in words.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { dst.add(i).write_volatile(word) }
     }
 }
 
-/// Orders what [`stream_word`] stored before every later store.
+/// Orders what [`stream_block`] stored before every later store.
 #[inline]
 pub fn end_of_stream() {
     #[cfg(all(target_arch = "x86_64", not(miri)))]

@@ -317,11 +317,14 @@ impl<'a> SharedSlice<'a> {
         // somebody else.
         let stream = to.is_aligned() && self.memory.plan.method(self.len) != CopyMethod::Plain;
         for block in 0..blocks {
-            for (word, value) in next().into_iter().enumerate() {
-                // SAFETY: the block lies inside; aligned where that is asked for.
-                unsafe {
-                    let to = to.add(block * 8 + word);
-                    if stream { shm::stream_word(value.to_le(), to) } else { store(to, value.to_le()) }
+            let words = next().map(u64::to_le);
+            // SAFETY: the block lies inside; aligned where that is asked for.
+            unsafe {
+                let to = to.add(block * 8);
+                if stream {
+                    shm::stream_block(words, to);
+                } else {
+                    words.into_iter().enumerate().for_each(|(i, word)| store(to.add(i), word));
                 }
             }
         }
