@@ -127,34 +127,26 @@ impl Events {
             self.flush(memory);
             return Ok(());
         }
-        match self.deliver(&event, memory) {
-            Ok(true) => self.notify(memory),
-            Ok(false) => return self.waiting.add(event),
-            Err(broken) => {
-                self.fail(&broken);
-                return self.waiting.add(event);
-            }
-        }
-        Ok(())
+        let delivered = self.deliver(&event, memory).unwrap_or_else(|broken| {
+            self.fail(&broken);
+            false
+        });
+        // Also of a buffer that was returned because it is of no use.
+        self.notify(memory);
+        if delivered { Ok(()) } else { self.waiting.add(event) }
     }
 
     /// The driver may have posted buffers.
     pub fn flush(&mut self, memory: &DeviceMemory) {
-        let mut delivered = false;
         while let Some((_, event)) = self.waiting.events.first_key_value() {
             let event = *event;
             match self.deliver(&event, memory) {
-                Ok(true) => {
-                    delivered = true;
-                    self.waiting.pop();
-                }
+                Ok(true) => self.waiting.pop(),
                 Ok(false) => break,
                 Err(broken) => return self.fail(&broken),
             }
         }
-        if delivered {
-            self.notify(memory);
-        }
+        self.notify(memory);
     }
 
     /// Number of events that wait for a buffer.
