@@ -9,7 +9,7 @@ use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::frontend::{Options, RawFrontend};
 use dmbridge_tests::memory::BASE;
 use dmbridge_tests::pair::Pair;
-use dmbridge_tests::ring::{Descriptor, INDIRECT, NEXT, WRITE, link};
+use dmbridge_tests::ring::{Descriptor, INDIRECT, NEXT, link};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -260,7 +260,8 @@ fn a_command_may_be_split_over_descriptors_at_will() {
 fn a_move_that_is_wrong_gets_its_status_and_writes_no_byte() {
     let daemon = TestDaemon::start();
     let mut witness = Pair::new(&daemon.hub());
-    let mut device = RawFrontend::connect(daemon.hub());
+    let options = Options { queue_size: 512, ..Options::default() };
+    let mut device = RawFrontend::connect_with(daemon.hub(), options);
     let dmb = device.register(device.gid(), 8192).expect("a DMB");
     let foreign = witness.dmb.token;
     let (end, at) = (device.memory.end(), device.memory.allocate(1 << 17, 4096));
@@ -321,7 +322,9 @@ const BROKEN_RINGS: &[(&str, Break)] = &[
     }),
     ("the available index went back", |device, queue| {
         let ring = &device.rings[usize::from(queue)];
-        ring.set_avail_index(&device.memory, ring.offered.wrapping_sub(1));
+        // Event buffers are taken when there is an event: none of them was.
+        let taken = if queue == EVENT_QUEUE { 0 } else { ring.offered };
+        ring.set_avail_index(&device.memory, taken.wrapping_sub(1));
         ring.ring();
     }),
 ];
@@ -407,7 +410,6 @@ fn queue_sizes_that_no_ring_has_are_refused() {
         drop(device);
         witness.check();
     }
-    let _ = (WRITE, NEXT);
 }
 
 #[test]
