@@ -3,7 +3,7 @@
 //! `vhost` parses and checks the messages and answers them. An error here ends the session: the front-end asked for
 //! something that cannot be, and nothing that it says afterwards could be trusted to mean what it says.
 
-use crate::control::Core;
+use crate::core::Core;
 use crate::memory::{DeviceMemory, RegionInfo};
 use crate::port::SessionId;
 use crate::session::PROTOCOL_FEATURES;
@@ -51,7 +51,7 @@ impl Handler {
 
     fn with<T>(
         &self,
-        act: impl FnOnce(&mut Core) -> std::result::Result<T, crate::control::Refusal>,
+        act: impl FnOnce(&mut Core) -> std::result::Result<T, crate::core::Refusal>,
     ) -> Result<T> {
         act(&mut self.core.borrow_mut()).map_err(refuse)
     }
@@ -157,8 +157,7 @@ impl VhostUserBackendReqHandler for Handler {
     fn set_protocol_features(&self, features: u64) -> Result<()> {
         self.with(|core| {
             let accepted = Protocol::from_bits(features).filter(|f| PROTOCOL_FEATURES.contains(*f));
-            core.session_mut(self.id)?.protocol =
-                accepted.ok_or(crate::control::Refusal::Features(features))?;
+            core.session_mut(self.id)?.protocol = accepted.ok_or(crate::core::Refusal::Features(features))?;
             Ok(())
         })
     }

@@ -11,6 +11,7 @@
 
 pub mod control;
 pub mod copy_plan;
+pub mod core;
 pub mod daemon;
 pub mod doorbell;
 pub mod engine;

@@ -670,7 +670,8 @@ mod tests {
         flags[24] = 4;
         let big = [(data, 1 << 20), (data, 1)];
         let many = [(data, 1); 9];
-        let cases: [(&str, [u8; 32], &[(u64, u32)], Status); 8] = [
+        type Pieces<'a> = &'a [(u64, u32)];
+        let cases: [(&str, [u8; 32], Pieces<'_>, Status); 8] = [
             ("an unknown flag before everything", flags, &big, Status::Invalid),
             ("too much data before an unknown token", nobody.to_bytes(), &big, Status::TooBig),
             ("too many descriptors", nobody.to_bytes(), &many, Status::TooBig),

@@ -321,7 +321,7 @@ mod tests {
         for layout in [
             Layout { descriptors: BASE + (1 << 20) - 16, ..layout },
             Layout { available: 0x1000, ..layout },
-            Layout { used: u64::MAX & !3, ..layout },
+            Layout { used: u64::MAX - 3, ..layout },
             Layout { used: layout.used + 1, ..layout },
             Layout { size: 3, ..layout },
             Layout { size: 2048, ..layout },

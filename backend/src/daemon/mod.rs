@@ -3,8 +3,9 @@
 #[cfg(test)]
 mod tests;
 
-use crate::control::{Control, Entrance, Identity, Setup};
+use crate::control::{Control, Entrance, Setup};
 use crate::copy_plan;
+use crate::core::Identity;
 use crate::doorbell::{self, Doorbell, Message};
 use crate::engine::cpu::CpuEngine;
 use crate::fabric::Fabric;
@@ -145,11 +146,10 @@ fn copy_plan() -> CopyPlan {
 
 /// Each device takes about a dozen descriptors; the usual soft limit is for programs that use `select`.
 fn raise_descriptor_limit() {
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        if soft < hard {
-            if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-                tracing::warn!("the limit of open descriptors stays at {soft}: {error}");
-            }
-        }
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!("the limit of open descriptors stays at {soft}: {error}");
     }
 }

@@ -636,7 +636,8 @@ fn malformed_commands_are_returned_and_the_next_is_answered() {
     query.emit(|piece| bytes.extend_from_slice(piece));
     let n = bytes.len() as u32;
     let answer = scratch + 4096;
-    let cases: [(&[(u64, u32)], &[(u64, u32)], u32, u8); 9] = [
+    type Pieces<'a> = &'a [(u64, u32)];
+    let cases: [(Pieces<'_>, Pieces<'_>, u32, u8); 9] = [
         (&[(scratch, n)], &[], 0, 0),
         (&[(scratch, n)], &[(answer, 7)], 0, 0),
         (&[(scratch, n)], &[(outside, 16)], 0, 0),

@@ -217,10 +217,10 @@ impl Fabric {
         dmb.target.close();
         dmb.registered = false;
         let (index, size, peer, attached, place) = (dmb.index, dmb.size, dmb.peer, dmb.attached, dmb.place);
-        if let Some((extent, place)) = place {
-            if let Some(extent) = self.extents.get(&extent) {
-                extent.memory.retire(&place);
-            }
+        if let Some((extent, place)) = place
+            && let Some(extent) = self.extents.get(&extent)
+        {
+            extent.memory.retire(&place);
         }
         let owner = self.devices.get_mut(&id).ok_or(Status::NoEntry)?;
         owner.indices.give(index);

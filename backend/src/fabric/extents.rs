@@ -147,11 +147,12 @@ impl Fabric {
             // What the front-end does not unmap stays there until reset, and its place in the window with it.
             (SlotState::Unmapping, false) | (SlotState::Mapped, _) => {}
         }
-        if let Some(state) = self.devices.get_mut(&id) {
-            if request.file.is_some() && state.waiting_for == Some(extent) {
-                state.waiting_for = None;
-                self.effects.push(Effect::Resume(id, Attempt::After(result)));
-            }
+        if let Some(state) = self.devices.get_mut(&id)
+            && request.file.is_some()
+            && state.waiting_for == Some(extent)
+        {
+            state.waiting_for = None;
+            self.effects.push(Effect::Resume(id, Attempt::After(result)));
         }
     }
 

@@ -176,11 +176,11 @@ impl Fabric {
             peer.incoming.remove(&token);
             peer.attached.remove(&token);
         }
-        if let Some((extent, place)) = dmb.place {
-            if let Some(extent) = self.extents.get_mut(&extent) {
-                extent.memory.retire(&place);
-                extent.memory.give(&place);
-            }
+        if let Some((extent, place)) = dmb.place
+            && let Some(extent) = self.extents.get_mut(&extent)
+        {
+            extent.memory.retire(&place);
+            extent.memory.give(&place);
         }
     }
 

@@ -131,9 +131,7 @@ impl World {
 
     /// What waits in a device's event queue, which has no buffers here.
     fn events(&self, id: DeviceId) -> Vec<Event> {
-        let port = self.port(id);
-        let events = port.events().take_waiting();
-        events
+        self.port(id).events().take_waiting()
     }
 
     fn assert_empty(&self) {

@@ -6,7 +6,14 @@ use crate::report::{DeviceReport, PeerReport, PoolReport, Report};
 use crate::session::Session;
 use dmbridge_proto::features::Features;
 
-pub(super) fn report(core: &Core) -> Report {
+impl Core {
+    /// How things are.
+    pub fn report(&self) -> Report {
+        report(self)
+    }
+}
+
+fn report(core: &Core) -> Report {
     let pool = core.fabric.pool();
     let (extent_bytes, extents) = pool.used();
     let mut devices: Vec<DeviceReport> =
