@@ -161,8 +161,8 @@ impl AsyncEvents {
     }
 }
 
-/// A [`Mover`] whose moves are waited for in a task. Posting is as with [`Mover`]: it waits, for a moment, only while as
-/// many moves as the queue holds are under way.
+/// A [`Mover`] whose moves are waited for in a task. Posting is as with [`Mover`]: it waits, for a moment, only
+/// while as many moves as the queue holds are under way.
 pub struct AsyncMover(AsyncFd<Watched<Mover>>);
 
 impl AsyncMover {

@@ -54,8 +54,8 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// Whether this process maps memory for the device; true at first. Without, it behaves as a VMM that cannot map: its
-    /// DMBs lie in its own memory, and it reaches others by moves only.
+    /// Whether this process maps memory for the device; true at first. Without, it behaves as a VMM that cannot map:
+    /// its DMBs lie in its own memory, and it reaches others by moves only.
     pub fn map(mut self, map: bool) -> Builder {
         self.map = map;
         self
@@ -68,8 +68,8 @@ impl Builder {
         self
     }
 
-    /// The longest that a wait spins before it sleeps, for DMBs and movers of this device; [`DEFAULT_SPIN`] at first. Zero:
-    /// always sleep. A DMB's can be changed ([`Dmb::set_spin`]).
+    /// The longest that a wait spins before it sleeps, for DMBs and movers of this device; [`DEFAULT_SPIN`] at
+    /// first. Zero: always sleep. A DMB's can be changed ([`Dmb::set_spin`]).
     pub fn spin(mut self, longest: Duration) -> Builder {
         self.spin = longest;
         self
@@ -118,8 +118,8 @@ pub struct Stats {
     pub rings: u64,
 }
 
-/// A device of this process. Cheap to clone. It leaves the fabric when the last clone, and everything that was made from
-/// it, is dropped.
+/// A device of this process. Cheap to clone. It leaves the fabric when the last clone, and everything that was made
+/// from it, is dropped.
 ///
 /// After `fork()`, a child may go on using the memory of DMBs, but what needs the device fails with [`Error::Forked`];
 /// dropping handles in the child releases nothing of the parent's.
@@ -142,8 +142,9 @@ impl Device {
     /// lists candidates. It is taken from the kernel's `virtio-pci`, unless a kernel driver uses it, and stays bound to
     /// `uio_pci_generic` afterwards. Takes root. The device is started when this returns.
     ///
-    /// The window is mapped as the kernel maps device memory for programs, uncached. Where the VM's choice of caching counts
-    /// (not under KVM on Intel, usually) that makes DMBs slow; the kernel driver does not have this limit.
+    /// The window is mapped as the kernel maps device memory for programs, uncached. Where the VM's choice of
+    /// caching counts (not under KVM on Intel, usually) that makes DMBs slow; the kernel driver does not have this
+    /// limit.
     ///
     /// # Errors
     ///
@@ -194,8 +195,8 @@ impl Device {
         }
     }
 
-    /// Registers a DMB that `peer` may write. It lies in the host's pool, so that the peer can map it, or in this process's
-    /// memory if this device cannot map. `size` in bytes, a multiple of 4096. Its memory is zero.
+    /// Registers a DMB that `peer` may write. It lies in the host's pool, so that the peer can map it, or in this
+    /// process's memory if this device cannot map. `size` in bytes, a multiple of 4096. Its memory is zero.
     ///
     /// # Errors
     ///
@@ -282,7 +283,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`]: `NoEntry` if there is no such device, `Again` if 64 events from this device wait there already.
+    /// [`Error::Refused`]: `NoEntry` if there is no such device, `Again` if 64 events from this device wait there
+    /// already.
     pub fn signal_event(&self, rgid: Gid, code: u32, info: u64) -> Result<(), Error> {
         self.core.command(&Request::SignalEvent(SignalEvent { rgid, code, info })).map(|_| ())
     }
@@ -710,8 +712,8 @@ impl Drop for Core {
     fn drop(&mut self) {
         let Some(registration) = self.registration.take() else { return };
         if !self.process.is_current() {
-            // The epoll instance is the parent's as well, and a lock of the registration may be held by a thread that is
-            // not in this process.
+            // The epoll instance is the parent's as well, and a lock of the registration may be held by a thread
+            // that is not in this process.
             std::mem::forget(registration);
             return;
         }

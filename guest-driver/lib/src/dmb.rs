@@ -1,5 +1,5 @@
-//! DMBs: [`Dmb`] at the owner, who reads, and [`RemoteDmb`] at the peer, who writes. How a token travels from one to the
-//! other is theirs (`docs/device.md`, 1).
+//! DMBs: [`Dmb`] at the owner, who reads, and [`RemoteDmb`] at the peer, who writes. How a token travels from one to
+//! the other is theirs (`docs/device.md`, 1).
 
 use crate::error::Error;
 use crate::proto::control::PairFlags;
@@ -42,8 +42,8 @@ impl std::ops::Deref for Line {
     type Target = ControlLine;
 
     fn deref(&self) -> &ControlLine {
-        // SAFETY: `new` checked size and alignment, the memory is kept by `self`, and this crate, the device and the peer
-        // access control lines by atomic operations.
+        // SAFETY: `new` checked size and alignment, the memory is kept by `self`, and this crate, the device and the
+        // peer access control lines by atomic operations.
         unsafe { ControlLine::from_ptr(self.0.as_ptr()) }
     }
 }
@@ -172,7 +172,8 @@ impl Dmb {
         &self.memory
     }
 
-    /// Takes the bits that the peer has signalled since the last time. What the peer wrote before it set them is visible.
+    /// Takes the bits that the peer has signalled since the last time. What the peer wrote before it set them is
+    /// visible.
     #[inline]
     pub fn take_signals(&self) -> u64 {
         self.state.line.take_pending()
@@ -183,7 +184,8 @@ impl Dmb {
         self.state.peer_gone.load(Ordering::Acquire)
     }
 
-    /// Whether the peer had attached the DMB and has let it go at some time. It could attach it again, and it could move.
+    /// Whether the peer had attached the DMB and has let it go at some time. It could attach it again, and it could
+    /// move.
     pub fn is_detached(&self) -> bool {
         self.state.detached.load(Ordering::Acquire)
     }
@@ -218,9 +220,9 @@ impl Dmb {
     /// Waits until `ready` says so: it spins for a while, then sleeps until the peer notifies (by a signal, a move, or
     /// [`RemoteDmb::notify`]), and asks again. `Ok(false)`: the deadline is over and it was not ready.
     ///
-    /// `ready` is called very often and at any time; it must be quick and not block. It is called once more after whatever
-    /// ended a wait, so data that came before an end is never missed. It also decides about ends other than the error
-    /// below, by [`is_detached`](Self::is_detached) for instance: that, too, wakes it.
+    /// `ready` is called very often and at any time; it must be quick and not block. It is called once more after
+    /// whatever ended a wait, so data that came before an end is never missed. It also decides about ends other than
+    /// the error below, by [`is_detached`](Self::is_detached) for instance: that, too, wakes it.
     ///
     /// # Errors
     ///
@@ -298,8 +300,8 @@ impl Dmb {
         (needs_daemon && !self.port.is_connected()).then_some(Error::Disconnected)
     }
 
-    /// For epoll: asks that the descriptor ([`as_fd`](Self::as_fd)) become readable at the next notification. **Look again at what you
-    /// wait for after this**; if it is there, [`disarm`](Self::disarm). One-shot.
+    /// For epoll: asks that the descriptor ([`as_fd`](Self::as_fd)) become readable at the next notification. **Look
+    /// again at what you wait for after this**; if it is there, [`disarm`](Self::disarm). One-shot.
     pub fn arm(&self) -> Result<(), Error> {
         let fd = self.eventfd()?;
         let _ = fd.read();
@@ -321,7 +323,8 @@ impl Dmb {
         }
     }
 
-    /// The descriptor that becomes readable after [`arm`](Self::arm). It belongs to this handle; watch it for reading only.
+    /// The descriptor that becomes readable after [`arm`](Self::arm). It belongs to this handle; watch it for
+    /// reading only.
     pub fn as_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         // SAFETY: the descriptor is open as long as `state`, which `self` keeps.
         self.eventfd().map(|fd| unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) })

@@ -18,8 +18,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Buffers of the event queue.
 pub(crate) const QUEUE_SIZE: u16 = 128;
-/// Events of one device that may wait to be taken by the program before more are dropped: a peer that floods shall not use
-/// up this process's memory.
+/// Events of one device that may wait to be taken by the program before more are dropped: a peer that floods shall
+/// not use up this process's memory.
 const MAX_WAITING: usize = 1024;
 
 /// The event queue and its buffers.
@@ -236,7 +236,8 @@ impl Events {
 }
 
 impl AsFd for Events {
-    /// A descriptor that is readable while [`try_next`](Self::try_next) has something to say. Watch it for reading only.
+    /// A descriptor that is readable while [`try_next`](Self::try_next) has something to say. Watch it for reading
+    /// only.
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open as long as the inbox, which `self` keeps.
         unsafe { BorrowedFd::borrow_raw(self.0.fd.as_raw_fd()) }

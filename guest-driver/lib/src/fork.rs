@@ -1,5 +1,5 @@
-//! Noticing fork(): a device belongs to the process that connected it. A child has the memory, and may go on reading and
-//! writing it, but it must not speak on the parent's rings and sockets; it learns so by [`Process::check`].
+//! Noticing fork(): a device belongs to the process that connected it. A child has the memory, and may go on reading
+//! and writing it, but it must not speak on the parent's rings and sockets; it learns so by [`Process::check`].
 
 use crate::error::Error;
 use std::sync::Once;

@@ -1,11 +1,11 @@
-//! The guest library of the dmbridge device (`docs/device.md`): memory that one program reads and another one, in another
-//! virtual machine, container or process of the same host, writes.
+//! The guest library of the dmbridge device (`docs/device.md`): memory that one program reads and another one, in
+//! another virtual machine, container or process of the same host, writes.
 //!
-//! A program connects a [`Device`], and is then known to others by its GID. It [registers](Device::register) a [`Dmb`] for
-//! one of them and tells it the token. The other [attaches](Device::attach) it and writes: its stores are the reader's
-//! data. Where one of the two cannot map, the writer [moves](Device::mover): the device copies. Who does not care which
-//! takes a [sender](Device::sender). A [signal](RemoteDmb::signal) tells the reader, and wakes it if it sleeps. Over two
-//! DMBs stands a [byte stream](stream).
+//! A program connects a [`Device`], and is then known to others by its GID. It [registers](Device::register) a
+//! [`Dmb`] for one of them and tells it the token. The other [attaches](Device::attach) it and writes: its stores
+//! are the reader's data. Where one of the two cannot map, the writer [moves](Device::mover): the device copies. Who
+//! does not care which takes a [sender](Device::sender). A [signal](RemoteDmb::signal) tells the reader, and wakes
+//! it if it sleeps. Over two DMBs stands a [byte stream](stream).
 //!
 //! ```no_run
 #![doc = include_str!("../examples/exchange.rs")]
@@ -13,11 +13,11 @@
 //!
 //! # What to know
 //!
-//! - **Shared memory is shared.** The peer can change what is in a DMB at any time. [`SharedMemory`] therefore never gives
-//!   out a reference to it; read once, check, use the copy. No misuse of this crate is undefined behaviour, and no peer can
-//!   make it so.
-//! - **Handles are what they name.** Dropping one releases it: a `Dmb` is unregistered, a `RemoteDmb` detached, a device
-//!   leaves the fabric with the last handle that came from it. Its peers are told.
+//! - **Shared memory is shared.** The peer can change what is in a DMB at any time. [`SharedMemory`] therefore never
+//!   gives out a reference to it; read once, check, use the copy. No misuse of this crate is undefined behaviour,
+//!   and no peer can make it so.
+//! - **Handles are what they name.** Dropping one releases it: a `Dmb` is unregistered, a `RemoteDmb` detached, a
+//!   device leaves the fabric with the last handle that came from it. Its peers are told.
 //! - **Waiting** spins for a while and then sleeps; how long it spins is learned, up to [`DEFAULT_SPIN`] or what
 //!   [`Builder::spin`] says. For epoll there are descriptors ([`Dmb::arm`], [`Mover::arm`], [`Events`]), for tokio the
 //!   module `asynchronous` (feature `tokio`).
@@ -26,8 +26,8 @@
 //! - **Descriptors**: a device takes about a dozen. A program with many has to raise its limit (`RLIMIT_NOFILE`).
 //! - **`fork()`**: a device belongs to the process that connected it. A child can go on with the memory that it
 //!   inherited; whatever needs the device fails there with [`Error::Forked`], and dropping a handle releases nothing.
-//! - **If the daemon dies**, mapped memory stays, and processes that wake each other by futex go on; everything else fails
-//!   with [`Error::Disconnected`].
+//! - **If the daemon dies**, mapped memory stays, and processes that wake each other by futex go on; everything else
+//!   fails with [`Error::Disconnected`].
 
 use dmbridge_proto as proto;
 

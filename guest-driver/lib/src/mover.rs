@@ -1,5 +1,5 @@
-//! Writing into a DMB by moves: the device copies. It works for every DMB of which this device is the peer, whatever the
-//! two front-ends can do, and needs no attach.
+//! Writing into a DMB by moves: the device copies. It works for every DMB of which this device is the peer, whatever
+//! the two front-ends can do, and needs no attach.
 
 use crate::device::Core;
 use crate::dmb::RemoteDmb;
@@ -60,9 +60,9 @@ pub struct Ticket(u64);
 
 /// Writes into a DMB by moves. From [`Device::mover`](crate::Device::mover).
 ///
-/// The calls named `post…` return once the device has the move; up to a queue's length can be under way. They report no
-/// failure of a move: the next call that waits does (once), for the first move that failed. Moves are done in the order in
-/// which they were posted.
+/// The calls named `post…` return once the device has the move; up to a queue's length can be under way. They report
+/// no failure of a move: the next call that waits does (once), for the first move that failed. Moves are done in the
+/// order in which they were posted.
 pub struct Mover {
     device: Arc<Core>,
     queue: usize,
@@ -98,7 +98,8 @@ impl Mover {
     ///
     /// # Errors
     ///
-    /// [`Error::Move`] with the device's reason: `NoEntry` if the DMB has ended, `Invalid` if the data does not fit there.
+    /// [`Error::Move`] with the device's reason: `NoEntry` if the DMB has ended, `Invalid` if the data does not fit
+    /// there.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), Error> {
         self.post(offset, data, None)?;
         self.flush()
@@ -123,8 +124,8 @@ impl Mover {
         self.post(0, &[], Some(mask)).map(|_| ())
     }
 
-    /// Posts a write of data that is copied, into a buffer of the mover, before this returns. With `signal`, the owner is
-    /// signalled after it, as by [`signal`](Self::signal). Long data becomes several moves.
+    /// Posts a write of data that is copied, into a buffer of the mover, before this returns. With `signal`, the
+    /// owner is signalled after it, as by [`signal`](Self::signal). Long data becomes several moves.
     ///
     /// # Errors
     ///
@@ -181,8 +182,8 @@ impl Mover {
         }
     }
 
-    /// Posts a write from registered memory, without another copy; the parts arrive one after the other from `offset` on.
-    /// They are in use until the move is done. With `signal`, the owner is signalled after it.
+    /// Posts a write from registered memory, without another copy; the parts arrive one after the other from
+    /// `offset` on. They are in use until the move is done. With `signal`, the owner is signalled after it.
     ///
     /// # Errors
     ///

@@ -1,7 +1,8 @@
-//! A move queue: posting moves, taking completions, waiting for them (`docs/device.md`, 10). What users see is in `mover`.
+//! A move queue: posting moves, taking completions, waiting for them (`docs/device.md`, 10). What users see is in
+//! `mover`.
 //!
-//! A queue is shared by several movers and by whoever rings. Whoever looks takes all completions and books them where they
-//! belong; of several threads that wait, one sleeps on the queue's interrupt and wakes the others.
+//! A queue is shared by several movers and by whoever rings. Whoever looks takes all completions and books them
+//! where they belong; of several threads that wait, one sleeps on the queue's interrupt and wakes the others.
 
 use crate::device::Core;
 use crate::error::Error;
@@ -195,8 +196,8 @@ impl MoveQueue {
         lock(&self.state).queue.max_chain() - 2
     }
 
-    /// Posts a move, and kicks the device if it asked for that. Waits while the queue is full. Returns the move's number
-    /// among those of its mover.
+    /// Posts a move, and kicks the device if it asked for that. Waits while the queue is full. Returns the move's
+    /// number among those of its mover.
     pub(crate) fn post(
         &self,
         device: &Core,

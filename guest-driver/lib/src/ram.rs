@@ -1,6 +1,7 @@
-//! The memory that the device reads and writes by address, "guest RAM": rings, commands, buffers to move from, DMBs that
-//! lie in their owner's memory. One device's own; allocated from files, which the transport makes known to the device or
-//! chooses so that it knows them. They are few, because each is as large as all before where that can be had.
+//! The memory that the device reads and writes by address, "guest RAM": rings, commands, buffers to move from, DMBs
+//! that lie in their owner's memory. One device's own; allocated from files, which the transport makes known to the
+//! device or chooses so that it knows them. They are few, because each is as large as all before where that can be
+//! had.
 
 use crate::error::Error;
 use crate::mapping::Mapping;
@@ -59,8 +60,8 @@ impl Ram {
         })
     }
 
-    /// As [`allocate`](Self::allocate), with regions that `make` makes: of the size that is needed at least, better of the
-    /// one that keeps regions few, and at the address that follows the others' if it can choose.
+    /// As [`allocate`](Self::allocate), with regions that `make` makes: of the size that is needed at least, better
+    /// of the one that keeps regions few, and at the address that follows the others' if it can choose.
     pub(crate) fn allocate_from(
         &self,
         len: usize,

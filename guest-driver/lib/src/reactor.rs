@@ -1,5 +1,6 @@
-//! One thread for all devices of the process: it waits for what devices say without being asked (map requests, events, the
-//! end), so that no user of the library has to. It runs no code of users, and waits for nothing but its epoll instance.
+//! One thread for all devices of the process: it waits for what devices say without being asked (map requests,
+//! events, the end), so that no user of the library has to. It runs no code of users, and waits for nothing but its
+//! epoll instance.
 //!
 //! It starts with the first device and stays: a process that used one device is likely to use another.
 
@@ -117,8 +118,8 @@ impl Registration {
         self.reactor.epoll.add(fd, event).map_err(Error::errno("watch a descriptor"))
     }
 
-    /// No longer watches a descriptor that is about to be closed. Needed where a copy of it stays open elsewhere, in the
-    /// daemon for instance: epoll watches the file, not the number.
+    /// No longer watches a descriptor that is about to be closed. Needed where a copy of it stays open elsewhere, in
+    /// the daemon for instance: epoll watches the file, not the number.
     pub(crate) fn forget(&self, fd: BorrowedFd<'_>) {
         let _ = self.reactor.epoll.delete(fd);
     }

@@ -120,8 +120,8 @@ impl Virtqueue {
         self.layout
     }
 
-    /// The head that the next chain gets, if a chain of this length fits. Below the queue's size, and different from those
-    /// of all chains that the device has.
+    /// The head that the next chain gets, if a chain of this length fits. Below the queue's size, and different from
+    /// those of all chains that the device has.
     pub(crate) fn next_head(&self, pieces: usize) -> Option<u16> {
         let needed = if self.is_indirect(pieces) { 1 } else { pieces };
         (needed <= usize::from(self.num_free)).then_some(self.first_free)
@@ -136,8 +136,8 @@ impl Virtqueue {
         if self.indirect { MAX_CHAIN } else { MAX_CHAIN.min(self.layout.size.into()) }
     }
 
-    /// Makes a chain available: pieces for the device to read, then pieces to write. Returns its head, or `None` if there is
-    /// no room. The device learns of it by [`publish`](Self::publish).
+    /// Makes a chain available: pieces for the device to read, then pieces to write. Returns its head, or `None` if
+    /// there is no room. The device learns of it by [`publish`](Self::publish).
     pub(crate) fn add(&mut self, readable: &[Piece], writable: &[Piece]) -> Option<u16> {
         let pieces = readable.len() + writable.len();
         assert!(pieces != 0 && pieces <= self.max_chain(), "a chain of {pieces} pieces");

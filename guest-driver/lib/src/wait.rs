@@ -33,8 +33,8 @@ pub(crate) fn futex_wait(word: &AtomicU32, value: u32, scope: Scope, deadline: O
         None => None,
     };
     let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: the word is a valid reference and `timeout` null or a local. Whatever the kernel answers, the caller looks
-    // again at what it waits for.
+    // SAFETY: the word is a valid reference and `timeout` null or a local. Whatever the kernel answers, the caller
+    // looks again at what it waits for.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | scope.flag(), value, timeout) };
 }
 
@@ -96,8 +96,8 @@ impl Spinner {
         self.pause.store(0, Ordering::Relaxed);
     }
 
-    /// Spins until `ready`; or until the budget is spent, at `deadline`, or when `give_up` says so, which is asked now and
-    /// then. Then the error is when the wait began, for [`slept`](Self::slept).
+    /// Spins until `ready`; or until the budget is spent, at `deadline`, or when `give_up` says so, which is asked
+    /// now and then. Then the error is when the wait began, for [`slept`](Self::slept).
     pub(crate) fn spin(
         &self,
         deadline: Option<Instant>,

@@ -2,9 +2,10 @@
 //!
 //! In a virtual machine the VMM maps: the range is the device's memory, and what is mapped where is not known here.
 //!
-//! Where this process maps, the range is reserved once, without access. An extent is mapped into its place when the device asks, and replaced by
-//! private zero memory when the device takes it back, so that a late store of the program lands nowhere instead of
-//! ending it. Requests of the device are not believed: each is checked against the range, the file and what is mapped.
+//! Where this process maps, the range is reserved once, without access. An extent is mapped into its place when the
+//! device asks, and replaced by private zero memory when the device takes it back, so that a late store of the
+//! program lands nowhere instead of ending it. Requests of the device are not believed: each is checked against the
+//! range, the file and what is mapped.
 
 use crate::mapping::Mapping;
 use crate::proto::GRANULE;
@@ -141,8 +142,8 @@ impl Window {
             None if end > self.size() => return None,
             None => self.mapping.clone(),
         };
-        // SAFETY: the range lies in the window, in a mapped extent where this process maps. What is unmapped is replaced by
-        // other memory, or by whatever the VMM has there. `keep` keeps the window's addresses.
+        // SAFETY: the range lies in the window, in a mapped extent where this process maps. What is unmapped is
+        // replaced by other memory, or by whatever the VMM has there. `keep` keeps the window's addresses.
         Some(unsafe {
             let ptr = self.mapping.base().add(offset as usize);
             SharedMemory::new(ptr, len as usize, plan, keep)

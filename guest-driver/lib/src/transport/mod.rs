@@ -40,8 +40,8 @@ pub(crate) trait Transport: Send + Sync {
     /// Tells the device that something is in a queue.
     fn kick(&self, queue: u16);
 
-    /// A descriptor that becomes readable when the device has used something of a queue. To be read (8 bytes) to make it
-    /// unreadable again.
+    /// A descriptor that becomes readable when the device has used something of a queue. To be read (8 bytes) to
+    /// make it unreadable again.
     fn interrupt(&self, queue: u16) -> BorrowedFd<'_>;
 
     /// A descriptor that is hung up when the device is gone.
@@ -50,8 +50,8 @@ pub(crate) trait Transport: Send + Sync {
     /// Ends the connection to a device that broke its contract: [`hangup`](Self::hangup) is hung up from then on.
     fn give_up(&self);
 
-    /// A descriptor that becomes readable when [`serve`](Self::serve) is to be called, if this transport has something to
-    /// serve.
+    /// A descriptor that becomes readable when [`serve`](Self::serve) is to be called, if this transport has
+    /// something to serve.
     fn requests(&self) -> Option<BorrowedFd<'_>>;
 
     /// Does what the device asks of its front-end, as far as it has asked; does not block.

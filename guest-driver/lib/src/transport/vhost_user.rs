@@ -1,5 +1,5 @@
-//! The process as a vhost-user front-end of its own: it connects to the daemon as a VMM would, shares its memory, and maps
-//! what the daemon asks for into its window.
+//! The process as a vhost-user front-end of its own: it connects to the daemon as a VMM would, shares its memory,
+//! and maps what the daemon asks for into its window.
 
 use super::Transport;
 use crate::error::Error;
@@ -285,7 +285,8 @@ impl Transport for VhostUser {
     }
 }
 
-/// Whether a whole request waits, so that handling it does not block: not for the rest of it, nor for room for the answer.
+/// Whether a whole request waits, so that handling it does not block: not for the rest of it, nor for room for the
+/// answer.
 fn whole_request(fd: RawFd) -> Result<bool, Error> {
     let mut header = [0; HEADER];
     let there = match recv(fd, &mut header, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
