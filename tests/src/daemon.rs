@@ -37,7 +37,7 @@ fn build() -> PathBuf {
     profile.join("dmbridged")
 }
 
-/// What a process holds: it has to be the same after as before.
+/// What a process holds: it has to be no more after than before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holdings {
     /// Open file descriptors.
@@ -50,6 +50,17 @@ pub struct Holdings {
     pub extent_bytes: u64,
     /// Devices.
     pub devices: usize,
+}
+
+impl Holdings {
+    /// Whether nothing is more than in `before`. Less can be: what had ended just before was still on its way out.
+    pub fn is_within(&self, before: &Holdings) -> bool {
+        self.descriptors <= before.descriptors
+            && self.threads <= before.threads
+            && self.file_mappings <= before.file_mappings
+            && self.extent_bytes <= before.extent_bytes
+            && self.devices <= before.devices
+    }
 }
 
 /// A daemon that ends with the test, however the test ends.

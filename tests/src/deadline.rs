@@ -21,19 +21,32 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Looks again and again until `there` is equal to `want`.
+/// Looks again and again until what is there is as it has to be.
 ///
 /// # Panics
 ///
 /// When it is not by the [`DEADLINE`]: says what it is instead.
-pub fn until_equal<T: PartialEq + std::fmt::Debug>(what: &str, want: &T, mut there: impl FnMut() -> T) {
+pub fn until_good<T: std::fmt::Debug>(
+    what: &str,
+    mut there: impl FnMut() -> T,
+    good: impl Fn(&T) -> bool,
+) -> T {
     let end = Instant::now() + DEADLINE;
     loop {
         let is = there();
-        if is == *want {
-            return;
+        if good(&is) {
+            return is;
         }
-        assert!(Instant::now() < end, "{what}: after {DEADLINE:?} it is {is:?} and not {want:?}");
+        assert!(Instant::now() < end, "{what}: after {DEADLINE:?} it is still {is:?}");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Looks again and again until `there` is equal to `want`.
+///
+/// # Panics
+///
+/// As [`until_good`].
+pub fn until_equal<T: PartialEq + std::fmt::Debug>(what: &str, want: &T, there: impl FnMut() -> T) {
+    until_good(&format!("{what}, which has to be {want:?}"), there, |is| is == want);
 }
