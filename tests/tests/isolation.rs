@@ -74,9 +74,7 @@ fn memory_is_zero_when_a_dmb_is_registered_fresh_or_reused() {
     let peers: [RawFrontend; 2] = std::array::from_fn(|_| RawFrontend::connect(daemon.hub()));
     let secret = vec![0x5e; SIZE as usize];
     for round in 0..6 {
-        for mut peer_round in 0..2 {
-            peer_round = (peer_round + round) % 2;
-            let peer = &peers[peer_round];
+        for peer in &peers {
             let dmb = owner.register(peer.gid(), SIZE).expect("a DMB");
             let window = owner.window();
             assert!(window.read(dmb.offset, SIZE).iter().all(|byte| *byte == 0), "round {round}");
