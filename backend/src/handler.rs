@@ -72,7 +72,10 @@ impl Handler {
 
 impl VhostUserBackendReqHandler for Handler {
     fn set_owner(&self) -> Result<()> {
-        Ok(())
+        self.with(|core| {
+            core.session_mut(self.id)?.owned = true;
+            Ok(())
+        })
     }
 
     fn reset_owner(&self) -> Result<()> {
@@ -151,7 +154,7 @@ impl VhostUserBackendReqHandler for Handler {
     }
 
     fn get_protocol_features(&self) -> Result<Protocol> {
-        Ok(PROTOCOL_FEATURES)
+        self.with(|core| Ok(core.session(self.id)?.offered_protocol()))
     }
 
     fn set_protocol_features(&self, features: u64) -> Result<()> {

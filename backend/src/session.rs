@@ -18,6 +18,7 @@ use dmbridge_proto::shm::CopyPlan;
 use std::fs::File;
 use std::sync::Arc;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
+use vm_memory::GuestMemoryBackend;
 
 /// Protocol features that the device offers.
 pub const PROTOCOL_FEATURES: Protocol = Protocol::MQ
@@ -28,6 +29,8 @@ pub const PROTOCOL_FEATURES: Protocol = Protocol::MQ
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::SHMEM);
+/// Regions of a memory table that is sent as a whole.
+const TABLE_REGIONS: u32 = 8;
 /// What of them mapping takes: requests with memory, and replies to them.
 const MAP_FEATURES: Protocol = Protocol::SHMEM.union(Protocol::BACKEND_REQ).union(Protocol::REPLY_ACK);
 
@@ -149,6 +152,8 @@ pub struct Session {
     pub port: Arc<Port>,
     /// Virtio features that the driver accepted.
     pub features: u64,
+    /// Whether it has said that it owns the connection.
+    pub owned: bool,
     /// Protocol features that the front-end accepted.
     pub protocol: Protocol,
     /// All queues.
@@ -186,6 +191,7 @@ impl Session {
             limits,
             port,
             features: 0,
+            owned: false,
             protocol: Protocol::empty(),
             rings: (0..queues).map(|_| Ring::default()).collect(),
             device: None,
@@ -194,6 +200,30 @@ impl Session {
             throttle: Throttle::new(limits.commands_per_second),
             commands: 0,
         }
+    }
+
+    /// Protocol features that the device offers this front-end.
+    ///
+    /// QEMU (11.1) keeps two books of its memory regions if they can be added and removed one by one. When the guest resets
+    /// the device, or itself, QEMU takes the window's mappings out of one of them only, and dies of the difference when the
+    /// device is started again. So it gets the other way, a whole table at each change. QEMU is the front-end that asks
+    /// for protocol features before it says that it owns the connection.
+    pub fn offered_protocol(&self) -> Protocol {
+        if self.owned {
+            PROTOCOL_FEATURES
+        } else {
+            PROTOCOL_FEATURES.difference(Protocol::CONFIGURE_MEM_SLOTS)
+        }
+    }
+
+    /// What the device may use with the memory table that its front-end has: a front-end puts mappings there, too.
+    pub fn limits(&self) -> Limits {
+        let mut limits = self.limits;
+        if !self.protocol.contains(Protocol::CONFIGURE_MEM_SLOTS) {
+            let taken = self.port.memory.read().guest().num_regions();
+            limits.max_mappings = limits.max_mappings.min(TABLE_REGIONS.saturating_sub(taken as u32));
+        }
+        limits
     }
 
     /// Whether the front-end can map, as far as it has said.

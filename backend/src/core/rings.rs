@@ -204,7 +204,7 @@ impl Core {
         let device = self.fabric.join(Joining {
             gid: session.gid,
             group: session.group.clone(),
-            limits: session.limits,
+            limits: session.limits(),
             capabilities: session.capabilities(),
             port: session.port.clone(),
         });
