@@ -76,6 +76,7 @@ fn what_cannot_be_is_refused_with_a_sentence() {
     refuses(&["demo", "--file", "/"], 2, "/ is not a regular file");
     refuses(&["devices", "--control", "/nowhere/control.sock"], 1, "nobody answers at /nowhere/control.sock");
     refuses(&["bench-worker", "a", "{}"], 1, "not by hand");
+    refuses(&["demo-worker", "b", "{}"], 1, "not by hand");
 }
 
 #[test]

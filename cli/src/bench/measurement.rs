@@ -53,7 +53,8 @@ pub fn run(job: &Job) -> Result<Outcome> {
 
 /// Is one of the two processes: does the job and reports on standard output.
 pub fn work(args: PairArgs) -> Result<()> {
-    let report = match take_part(args) {
+    let rendezvous = Rendezvous::from_stdin()?;
+    let report = match take_part(args, rendezvous) {
         Ok(Some(outcome)) => Report::Measured(outcome),
         Ok(None) => Report::Helped,
         Err(error) => Report::Failed(format!("{error:#}")),
@@ -62,8 +63,7 @@ pub fn work(args: PairArgs) -> Result<()> {
     Ok(())
 }
 
-fn take_part(args: PairArgs) -> Result<Option<Outcome>> {
-    let rendezvous = Rendezvous::from_stdin()?;
+fn take_part(args: PairArgs, rendezvous: Rendezvous) -> Result<Option<Outcome>> {
     let job: Job = serde_json::from_str(&args.job).context("the job is not one")?;
     process::pin(job.cpus[args.role as usize])?;
     transport::run(&mut Worker { role: args.role, job, rendezvous })

@@ -60,7 +60,8 @@ pub struct End {
 
 /// Is one of the two.
 pub fn work(args: PairArgs) -> Result<()> {
-    let said = match take_part(&args) {
+    let rendezvous = Rendezvous::from_stdin()?;
+    let said = match take_part(&args, &rendezvous) {
         Ok(end) => Said::Done(end),
         Err(error) => Said::Failed(format!("{error:#}")),
     };
@@ -72,8 +73,7 @@ fn say(said: &Said) -> Result<()> {
     Ok(())
 }
 
-fn take_part(args: &PairArgs) -> Result<End> {
-    let rendezvous = Rendezvous::from_stdin()?;
+fn take_part(args: &PairArgs, rendezvous: &Rendezvous) -> Result<End> {
     let job: Job = serde_json::from_str(&args.job).context("the job is not one")?;
     let device = Device::builder().map(job.map).connect(&job.hub)?;
     rendezvous.tell(&device.gid().to_string())?;
