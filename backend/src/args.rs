@@ -4,6 +4,7 @@ use crate::config_file::{self, FileError};
 use crate::size::Size;
 use clap::Parser;
 use dmbridged::hub::HubSettings;
+use dmbridged::placement::NumaSettings;
 use dmbridged::settings::{DEFAULT_GROUP, DeviceSettings, Endpoint, Limits, Settings, SettingsError};
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, SockaddrStorage, getpeername, getsockopt, sockopt,
@@ -115,6 +116,7 @@ impl Args {
             group: self.group.clone(),
             gid: None,
             limits: Limits::default(),
+            numa: NumaSettings::default(),
         };
         let names = names(&self.socket_path);
         for (path, name) in self.socket_path.into_iter().zip(names) {

@@ -5,10 +5,12 @@
 use crate::size::Size;
 use dmbridge_proto::ids::Gid;
 use dmbridged::hub::{HubRule, HubSettings, Verdict};
+use dmbridged::placement::{NumaSettings, Placement};
 use dmbridged::settings::{
     DEFAULT_GROUP, DeviceSettings, Endpoint, Limits, PoolSettings, Settings, SettingsError, check_fabric_id,
     check_group, check_system_eid,
 };
+use dmbridged::topology::{NodeId, Topology, list_text};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -94,6 +96,7 @@ struct Daemon {
 struct Pool {
     max_bytes: Option<Spanned<Size>>,
     huge_pages: Option<Spanned<Size>>,
+    placement: Option<Spanned<toml::Value>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -117,6 +120,8 @@ struct Device {
     socket: PathBuf,
     group: Option<Spanned<String>>,
     gid: Option<Spanned<String>>,
+    node: Option<Spanned<u32>>,
+    placement: Option<Spanned<toml::Value>>,
     #[serde(default)]
     limits: LimitsTable,
 }
@@ -128,6 +133,8 @@ struct Hub {
     mode: Option<Spanned<u32>>,
     max_devices: Option<usize>,
     max_devices_per_user: Option<usize>,
+    node: Option<Spanned<u32>>,
+    placement: Option<Spanned<toml::Value>>,
     #[serde(default)]
     limits: LimitsTable,
     #[serde(default)]
@@ -191,6 +198,36 @@ fn system_eid(text: &str) -> Result<[u8; 32], SettingsError> {
     check_system_eid(&eid).map(|()| eid)
 }
 
+/// On which node a device is, and its extents are to lie.
+fn numa(node: Option<&Spanned<u32>>, place: Option<&Spanned<toml::Value>>) -> Result<NumaSettings, Wrong> {
+    let node = node.map(|node| {
+        host_node((*node.get_ref()).into()).map_err(|e| Wrong::new(node.span(), format!("node = {e}")))
+    });
+    Ok(NumaSettings { node: node.transpose()?, placement: place.map(placement).transpose()? })
+}
+
+fn placement(value: &Spanned<toml::Value>) -> Result<Placement, Wrong> {
+    const RULE: &str = "choose \"receiver\", \"sender\", \"interleave\", or the number of a node";
+    let placement = match value.get_ref() {
+        toml::Value::String(name) if name == "receiver" => Ok(Placement::Receiver),
+        toml::Value::String(name) if name == "sender" => Ok(Placement::Sender),
+        toml::Value::String(name) if name == "interleave" => Ok(Placement::Interleave),
+        toml::Value::Integer(number) => host_node(*number).map(Placement::Node),
+        other => Err(format!("{other} is not possible; {RULE}")),
+    };
+    placement.map_err(|e| Wrong::new(value.span(), format!("placement = {e}")))
+}
+
+/// A node that this host has.
+fn host_node(number: i64) -> Result<NodeId, String> {
+    let host = Topology::of_host();
+    let node = u32::try_from(number).ok().and_then(NodeId::new).filter(|node| host.has(*node));
+    node.ok_or_else(|| {
+        let there: Vec<u32> = host.nodes().iter().map(|node| node.id.get()).collect();
+        format!("{number}: this host has no such node; choose from {}", list_text(&there))
+    })
+}
+
 impl Pool {
     fn settings(&self) -> Result<PoolSettings, Wrong> {
         let mut pool = PoolSettings::default();
@@ -198,6 +235,7 @@ impl Pool {
             pool.max_bytes = bytes.get_ref().0;
         }
         pool.huge_pages = self.huge_pages.as_ref().map(|size| size.get_ref().0);
+        pool.placement = self.placement.as_ref().map(placement).transpose()?.unwrap_or_default();
         let at = |key| if key == "huge_pages" { &self.huge_pages } else { &self.max_bytes };
         pool.check().map_err(|e| Wrong::new(at(e.key()).as_ref().map_or(0..0, Spanned::span), e))?;
         Ok(pool)
@@ -270,6 +308,7 @@ impl Device {
             endpoint: Endpoint::Path(self.socket),
             group,
             gid: gid.transpose()?,
+            numa: numa(self.node.as_ref(), self.placement.as_ref())?,
             limits: self.limits.over(limits, Some(general))?,
         })
     }
@@ -278,6 +317,7 @@ impl Device {
 impl Hub {
     fn settings(self, limits: Limits, general: &LimitsTable) -> Result<HubSettings, Wrong> {
         let mut hub = HubSettings::new(self.socket);
+        hub.numa = numa(self.node.as_ref(), self.placement.as_ref())?;
         hub.limits = self.limits.over(limits, Some(general))?;
         if let Some(mode) = self.mode {
             let bits = *mode.get_ref();
@@ -373,7 +413,7 @@ mod tests {
         for (text, want) in [
             (
                 "[pool]\nmaxbytes = 1\n",
-                "line 2: unknown field `maxbytes`, expected `max_bytes` or `huge_pages`",
+                "line 2: unknown field `maxbytes`, expected one of `max_bytes`, `huge_pages`, `placement`",
             ),
             ("[limits]\n\nmax_dmbs = \"x\"\n", "line 3: max_dmbs: invalid type: string \"x\", expected u32"),
             ("[limits]\nmax_mappings = 999", "line 2: max_mappings = 999 is not possible; choose 1 to 480"),
@@ -407,6 +447,10 @@ mod tests {
                 "[hub]\nsocket = \"/h\"\n[[hub.rule]]\nuser = \"no such\"\nrefuse = true",
                 "line 3: user = \"no such\": this host has no such user; correct it or give the uid",
             ),
+            (
+                "[pool]\nplacement = \"near\"",
+                "line 2: placement = \"near\" is not possible; choose \"receiver\", \"sender\", \"interleave\", or the number of a node",
+            ),
             ("[pool\n", "line 1: unclosed table, expected `]`"),
             (
                 "[limits]\nwindow_size = \"2M\"\n",
@@ -415,6 +459,28 @@ mod tests {
         ] {
             assert_eq!(sentence(text), want, "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_node_is_one_that_the_host_has() {
+        for key in ["node", "placement"] {
+            let error = sentence(&format!("[hub]\nsocket = \"/h\"\n{key} = 1023"));
+            let start = format!("line 3: {key} = 1023: this host has no such node; choose from 0");
+            assert!(error.starts_with(&start), "{error}");
+        }
+        assert!(sentence("[pool]\nplacement = -1").contains("placement = -1: this host has no such node"));
+    }
+
+    #[test]
+    fn placement_is_the_pools_and_a_devices_own() {
+        let text = "[pool]\nplacement = \"interleave\"\n[[device]]\nname = \"a\"\nsocket = \"/a\"\nnode = 0\n\
+                    [[device]]\nname = \"b\"\nsocket = \"/b\"\nplacement = 0\n[hub]\nsocket = \"/h\"\nplacement = \"sender\"";
+        let settings = parse(text).unwrap();
+        let node = NodeId::new(0);
+        assert_eq!(settings.pool.placement, Placement::Interleave);
+        assert_eq!(settings.devices[0].numa, NumaSettings { node, placement: None });
+        assert_eq!(settings.devices[1].numa.placement, node.map(Placement::Node));
+        assert_eq!(settings.hub.unwrap().numa.placement, Some(Placement::Sender));
     }
 
     #[test]

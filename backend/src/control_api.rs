@@ -86,7 +86,7 @@ fn error(status: StatusCode, text: &str) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dmbridged::report::{DeviceReport, PoolReport};
+    use dmbridged::report::{DeviceReport, PoolReport, TopologyReport};
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -101,6 +101,8 @@ mod tests {
             threads: 3,
             pool: PoolReport::default(),
             devices: vec![device],
+            topology: TopologyReport::default(),
+            extents: Vec::new(),
         }
     }
 

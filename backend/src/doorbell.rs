@@ -1,7 +1,7 @@
 //! How other threads reach the control thread.
 
+use crate::core::Snapshot;
 use crate::port::SessionId;
-use crate::report::Report;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ pub enum Message {
     /// A front-end broke the contract.
     Expel(SessionId, &'static str),
     /// Somebody wants to know how things are.
-    Report(SyncSender<Report>),
+    Report(SyncSender<Snapshot>),
     /// It is over.
     Stop,
 }

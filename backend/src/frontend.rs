@@ -310,7 +310,7 @@ mod tests {
         }
 
         fn request(&mut self, extent: u32, map: bool) {
-            let file = map.then(|| Arc::new(MemFile::new(1 << 20, None).unwrap()));
+            let file = map.then(|| Arc::new(MemFile::new(1 << 20, None, &Default::default()).unwrap()));
             let request = MapRequest {
                 device: DeviceId::for_tests(1),
                 extent: ExtentId::new(extent).unwrap(),

@@ -2,6 +2,7 @@
 //!
 //! Who a peer is, the kernel says (`SO_PEERCRED`, `SO_PEERGROUPS`); nothing that the peer sends has a say in it.
 
+use crate::placement::NumaSettings;
 use crate::settings::{Limits, SettingsError, check_group};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -18,6 +19,8 @@ pub struct HubSettings {
     pub rules: Vec<HubRule>,
     /// What each device of the hub may use.
     pub limits: Limits,
+    /// On which NUMA node each of them is, and its extents are to lie.
+    pub numa: NumaSettings,
     /// The most devices that the hub serves at a time; further connections are closed.
     pub max_devices: usize,
     /// The most of them for one user id.
@@ -35,6 +38,7 @@ impl HubSettings {
             mode: DEFAULT_SOCKET_MODE,
             rules: Vec::new(),
             limits: Limits::default(),
+            numa: NumaSettings::default(),
             max_devices: 4096,
             max_devices_per_user: 2048,
         }

@@ -24,6 +24,7 @@ pub mod hub;
 pub mod memory;
 pub mod mover;
 pub mod notify;
+pub mod placement;
 pub mod pool;
 pub mod port;
 pub mod report;
@@ -33,6 +34,7 @@ pub mod socket;
 #[cfg(test)]
 mod testing;
 pub mod throttle;
+pub mod topology;
 pub mod vring;
 
 pub use daemon::{Daemon, Error, Handle};

@@ -533,7 +533,7 @@ mod tests {
             let owner_port = Arc::new(Port::new(SessionId(2), doorbell));
             sender_port.memory.replace(sender.table());
             owner_port.memory.replace(owner.table());
-            let file = Arc::new(MemFile::new(1 << 20, None).unwrap());
+            let file = Arc::new(MemFile::new(1 << 20, None, &Default::default()).unwrap());
             let home = Home::Pool { file: file.clone(), offset: DMB_AT, line_offset: 64 };
             let target = |number, home| {
                 let gid = Gid::from_u64(1);

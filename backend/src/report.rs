@@ -22,6 +22,60 @@ pub struct Report {
     pub pool: PoolReport,
     /// The devices, by name.
     pub devices: Vec<DeviceReport>,
+    /// The host's NUMA nodes.
+    #[serde(default)]
+    pub topology: TopologyReport,
+    /// The extents, by id.
+    #[serde(default)]
+    pub extents: Vec<ExtentReport>,
+}
+
+/// The host's NUMA nodes, as they were when the daemon started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopologyReport {
+    /// The nodes, in ascending order.
+    pub nodes: Vec<NodeReport>,
+}
+
+/// A NUMA node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// Its number.
+    pub id: u32,
+    /// Its CPUs, as a list that `taskset` and `numactl` take: `0-3,8-11`.
+    pub cpus: String,
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// Its distances from all nodes, in the order of the nodes; 10 from itself.
+    pub distances: Vec<u32>,
+}
+
+/// An extent: where its pages are to lie, and where they do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExtentReport {
+    /// The upper half of the tokens of its DMBs.
+    pub id: u32,
+    /// GID of the device that owns it and reads it.
+    pub owner: String,
+    /// GID of the device that writes it.
+    pub peer: String,
+    /// Its size, in bytes.
+    pub bytes: u64,
+    /// The placement that counted when it was made: `receiver`, `sender`, `interleave`, or a node's number.
+    pub placement: String,
+    /// The nodes that its pages are to lie on. None: the node of whichever CPU touches a page first.
+    pub nodes: Vec<u32>,
+    /// Where they do lie: a sample of at most some thousands of those that exist. Empty on a host with one node.
+    pub pages: Vec<NodePages>,
+}
+
+/// Pages on a node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodePages {
+    /// The node.
+    pub node: u32,
+    /// How many, in units of 4096 bytes.
+    pub pages: u64,
 }
 
 /// The memory of pool DMBs.
@@ -35,6 +89,9 @@ pub struct PoolReport {
     pub extents: u32,
     /// Size of the pages, in bytes.
     pub page_bytes: u64,
+    /// Where extents lie whose owners say nothing else: `receiver`, `sender`, `interleave`, or a node's number.
+    #[serde(default)]
+    pub placement: String,
 }
 
 /// One device.
@@ -50,6 +107,12 @@ pub struct DeviceReport {
     pub peer: Option<PeerReport>,
     /// Whether the driver has started the device.
     pub started: bool,
+    /// The NUMA node that it is on. Absent while it is not known, if it is spread, and on a host with one node.
+    #[serde(default)]
+    pub node: Option<u32>,
+    /// How that is known: `configured`, from the pages of its `memory`, or from the `cpus` of its process.
+    #[serde(default)]
+    pub node_source: Option<String>,
     /// Whether the front-end can map, and the driver accepted it.
     pub map: bool,
     /// Whether the driver waits and wakes by futex.

@@ -6,6 +6,7 @@ use crate::frontend::Channel;
 use crate::hub::PeerCredentials;
 use crate::mover::Served;
 use crate::notify::EventFile;
+use crate::placement::NumaSettings;
 use crate::port::Port;
 use crate::settings::Limits;
 use crate::throttle::Throttle;
@@ -148,6 +149,8 @@ pub struct Session {
     pub group: Arc<str>,
     /// What the device may use.
     pub limits: Limits,
+    /// On which NUMA node the device is, and its extents are to lie.
+    pub numa: NumaSettings,
     /// What other threads see of it.
     pub port: Arc<Port>,
     /// Virtio features that the driver accepted.
@@ -172,6 +175,7 @@ pub struct Session {
 
 impl Session {
     /// A front-end that just connected.
+    #[expect(clippy::too_many_arguments, reason = "each is one field of what is made")]
     pub fn new(
         name: Arc<str>,
         origin: Origin,
@@ -179,6 +183,7 @@ impl Session {
         gid: Gid,
         group: Arc<str>,
         limits: Limits,
+        numa: NumaSettings,
         port: Arc<Port>,
     ) -> Session {
         let queues = usize::from(FIRST_MOVE_QUEUE) + usize::from(limits.move_queues);
@@ -189,6 +194,7 @@ impl Session {
             gid,
             group,
             limits,
+            numa,
             port,
             features: 0,
             owned: false,

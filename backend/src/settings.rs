@@ -4,6 +4,7 @@
 //! command line is the program's business, not this file's.
 
 use crate::hub::HubSettings;
+use crate::placement::{NumaSettings, Placement};
 use dmbridge_proto::extent::Geometry;
 use dmbridge_proto::ids::Gid;
 use dmbridge_proto::{GRANULE, MAX_QUEUE_SIZE};
@@ -47,6 +48,8 @@ pub struct PoolSettings {
     pub max_bytes: u64,
     /// Take huge pages of this size, in bytes.
     pub huge_pages: Option<u64>,
+    /// On which NUMA node extents are to lie, where the owner's device says nothing else.
+    pub placement: Placement,
 }
 
 /// A device that exists from the start.
@@ -62,6 +65,8 @@ pub struct DeviceSettings {
     pub gid: Option<Gid>,
     /// What it may use.
     pub limits: Limits,
+    /// On which NUMA node it is, and its extents are to lie.
+    pub numa: NumaSettings,
 }
 
 /// Where a device's front-end connects.
@@ -115,7 +120,7 @@ impl Default for Limits {
 impl Default for PoolSettings {
     /// Half of the host's memory, in ordinary pages.
     fn default() -> PoolSettings {
-        PoolSettings { max_bytes: host_memory_bytes() / 2, huge_pages: None }
+        PoolSettings { max_bytes: host_memory_bytes() / 2, huge_pages: None, placement: Placement::default() }
     }
 }
 
@@ -368,6 +373,7 @@ mod tests {
             group: DEFAULT_GROUP.into(),
             gid: None,
             limits: Limits::default(),
+            numa: NumaSettings::default(),
         };
         let settings = Settings { devices: vec![device("a"), device("b")], ..Settings::default() };
         assert_eq!(

@@ -1,6 +1,7 @@
 //! A guest for unit tests: memory in a file, and the driver's end of a ring in it, in which every field can be wrong.
 
 use crate::memory::{DeviceMemory, RegionInfo};
+use crate::topology::Topology;
 use crate::vring::{Layout, Vring};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::cell::Cell;
@@ -156,4 +157,21 @@ pub fn table(descriptors: &[Descriptor]) -> Vec<u8> {
         bytes.extend(next.to_le_bytes());
     }
     bytes
+}
+
+/// A host made of nodes: CPU list, memory in KiB, distances.
+pub fn host(nodes: &[(&str, u64, &str)]) -> Topology {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: String, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+    write("online".into(), format!("0-{}\n", nodes.len() - 1));
+    for (number, (cpus, memory, distances)) in nodes.iter().enumerate() {
+        std::fs::create_dir(folder.path().join(format!("node{number}"))).unwrap();
+        write(format!("node{number}/cpulist"), format!("{cpus}\n"));
+        write(format!("node{number}/distance"), format!("{distances}\n"));
+        write(
+            format!("node{number}/meminfo"),
+            format!("Node {number} MemTotal: {memory} kB\nNode {number} MemFree: 1 kB\n"),
+        );
+    }
+    Topology::read(folder.path()).unwrap()
 }

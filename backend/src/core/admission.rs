@@ -2,6 +2,7 @@
 
 use super::{Core, Source, Work};
 use crate::hub::{HubSettings, PeerCredentials};
+use crate::placement::NumaSettings;
 use crate::port::{Port, SessionId};
 use crate::session::{Origin, Session};
 use crate::settings::{DeviceSettings, Limits};
@@ -34,6 +35,7 @@ pub(super) struct Configured {
     pub group: Arc<str>,
     pub gid: Gid,
     pub limits: Limits,
+    pub numa: NumaSettings,
     pub session: Option<SessionId>,
     pub listener: Option<usize>,
 }
@@ -71,14 +73,14 @@ impl Core {
     }
 
     fn configure(&mut self, device: DeviceSettings) -> io::Result<usize> {
-        let DeviceSettings { name, group, gid, limits, .. } = device;
+        let DeviceSettings { name, group, gid, limits, numa, .. } = device;
         let gid = match gid {
             Some(gid) => gid,
             None => self.fresh_gid()?,
         };
         self.gids.insert(gid);
         let (name, group) = (name.into(), group.into());
-        self.configured.push(Configured { name, group, gid, limits, session: None, listener: None });
+        self.configured.push(Configured { name, group, gid, limits, numa, session: None, listener: None });
         Ok(self.configured.len() - 1)
     }
 
@@ -126,10 +128,10 @@ impl Core {
 
     fn admit_configured(&mut self, number: usize, stream: UnixStream) -> io::Result<Arrived> {
         let device = &self.configured[number];
-        let (name, group, gid, limits) =
-            (device.name.clone(), device.group.clone(), device.gid, device.limits);
+        let (name, group, gid, limits, numa) =
+            (device.name.clone(), device.group.clone(), device.gid, device.limits, device.numa);
         let peer = PeerCredentials::of(&stream).ok();
-        let arrived = self.admit(Origin::Configured(number), name, group, gid, limits, peer, stream)?;
+        let arrived = self.admit(Origin::Configured(number), name, group, gid, limits, numa, peer, stream)?;
         self.configured[number].session = Some(arrived.id);
         Ok(arrived)
     }
@@ -145,12 +147,12 @@ impl Core {
             tracing::info!(pid = peer.pid, uid = peer.uid, "the hub refuses a front-end");
             return Ok(None);
         };
-        let limits = hub.limits;
+        let (limits, numa) = (hub.limits, hub.numa);
         let gid = self.fresh_gid()?;
         self.hub_connections += 1;
         let name = format!("hub-{}", self.hub_connections).into();
         let uid = peer.uid;
-        let arrived = self.admit(Origin::Hub, name, group.into(), gid, limits, Some(peer), stream)?;
+        let arrived = self.admit(Origin::Hub, name, group.into(), gid, limits, numa, Some(peer), stream)?;
         self.hub_sessions += 1;
         *self.hub_sessions_of.entry(uid).or_default() += 1;
         Ok(Some(arrived))
@@ -164,6 +166,7 @@ impl Core {
         group: Arc<str>,
         gid: Gid,
         limits: Limits,
+        numa: NumaSettings,
         peer: Option<PeerCredentials>,
         stream: UnixStream,
     ) -> io::Result<Arrived> {
@@ -174,7 +177,7 @@ impl Core {
         tracing::debug!(device = %name, %gid, %group, "a front-end connected");
         let port = Arc::new(Port::new(id, self.doorbell.clone()));
         self.gids.insert(gid);
-        self.sessions.insert(id, Session::new(name, origin, peer, gid, group, limits, port));
+        self.sessions.insert(id, Session::new(name, origin, peer, gid, group, limits, numa, port));
         self.queue(Work::Read(id));
         Ok(Arrived { id, stream })
     }

@@ -8,6 +8,7 @@ mod report;
 mod rings;
 
 pub use admission::Arrived;
+pub use report::Snapshot;
 
 use crate::doorbell::Doorbell;
 use crate::fabric::{DeviceId, Fabric};

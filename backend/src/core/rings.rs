@@ -207,6 +207,8 @@ impl Core {
             limits: session.limits(),
             capabilities: session.capabilities(),
             port: session.port.clone(),
+            numa: session.numa,
+            pid: session.peer.as_ref().map_or(0, |peer| peer.pid),
         });
         session.device = Some(device);
         self.started.insert(device, id);

@@ -5,7 +5,7 @@ mod tests;
 
 use crate::control::{Control, Entrance, Setup};
 use crate::copy_plan;
-use crate::core::Identity;
+use crate::core::{Identity, Snapshot};
 use crate::doorbell::{self, Doorbell, Message};
 use crate::engine::cpu::CpuEngine;
 use crate::fabric::Fabric;
@@ -14,6 +14,7 @@ use crate::mover::Mover;
 use crate::report::Report;
 use crate::settings::{Endpoint, Settings, SettingsError};
 use crate::socket::{Socket, SocketError};
+use crate::topology::Topology;
 use dmbridge_proto::shm::CopyPlan;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
@@ -87,7 +88,7 @@ impl Daemon {
         let (doorbell, inbox) = doorbell::pair()?;
         let setup = Setup {
             identity: Identity { fabric_id: settings.fabric_id, system_eid: settings.system_eid, copy_plan },
-            fabric: Fabric::new(settings.pool),
+            fabric: Fabric::new(settings.pool, Topology::of_host()),
             movers,
             devices,
             hub,
@@ -129,7 +130,11 @@ impl Handle {
     /// How things are, or `None` if the daemon has ended.
     pub fn report(&self) -> Option<Report> {
         let (sender, receiver) = sync_channel(1);
-        self.doorbell.ring(Message::Report(sender)).then(|| receiver.recv().ok()).flatten()
+        self.doorbell
+            .ring(Message::Report(sender))
+            .then(|| receiver.recv().ok())
+            .flatten()
+            .map(Snapshot::finish)
     }
 
     /// Asks the daemon to end.

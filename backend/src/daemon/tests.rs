@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::hub::HubSettings;
+use crate::placement::NumaSettings;
 use crate::settings::{DeviceSettings, Limits, PoolSettings};
 use crate::testing::{BASE, Guest, TestRing};
 use dmbridge_proto::config::{CONFIG_SIZE, Config};
@@ -53,7 +54,7 @@ impl World {
     fn start_with(change: impl FnOnce(&mut Settings, &Path)) -> World {
         let folder = tempfile::tempdir().unwrap();
         let mut settings = Settings {
-            pool: PoolSettings { max_bytes: 256 << 20, huge_pages: None },
+            pool: PoolSettings { max_bytes: 256 << 20, ..PoolSettings::default() },
             hub: Some(HubSettings::new(folder.path().join("hub"))),
             ..Settings::default()
         };
@@ -496,6 +497,7 @@ fn a_configured_device_keeps_its_gid_and_serves_one_front_end_at_a_time() {
             group: "a".into(),
             gid: Some(gid),
             limits: Limits::default(),
+            numa: NumaSettings::default(),
         });
     });
     let path = world.folder.path().join("web");
@@ -522,6 +524,7 @@ fn a_daemon_of_one_descriptor_ends_with_its_front_end() {
         group: "a".into(),
         gid: None,
         limits: Limits::default(),
+        numa: NumaSettings::default(),
     };
     let daemon = Daemon::start(Settings { devices: vec![device], ..Settings::default() }).unwrap();
     let client = Client::new(theirs, true);
@@ -533,6 +536,7 @@ fn a_daemon_of_one_descriptor_ends_with_its_front_end() {
         group: "a".into(),
         gid: None,
         limits: Limits::default(),
+        numa: NumaSettings::default(),
     };
     let settings = Settings { devices: vec![device], ..Settings::default() };
     assert!(matches!(Daemon::start(settings), Err(Error::Descriptor(name)) if name == "null"));

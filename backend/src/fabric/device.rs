@@ -1,9 +1,12 @@
 //! A started device, as the fabric knows it.
 
 use super::Fabric;
+use crate::placement::NumaSettings;
+use crate::placement::locate::{Whereabouts, locate};
 use crate::pool::ranges::Ranges;
 use crate::port::Port;
 use crate::settings::Limits;
+use crate::topology::Topology;
 use dmbridge_proto::ids::{ExtentId, Gid, Token};
 use dmbridge_proto::line::LineStats;
 use std::cmp::Reverse;
@@ -46,6 +49,10 @@ pub struct Joining {
     pub capabilities: Capabilities,
     /// Its memory and queues.
     pub port: Arc<Port>,
+    /// On which NUMA node it is, and its extents are to lie.
+    pub numa: NumaSettings,
+    /// Process id of its front-end; 0 if it is not known.
+    pub pid: i32,
 }
 
 /// A started device.
@@ -63,12 +70,23 @@ pub struct Device {
     pub capabilities: Capabilities,
     /// Its memory and queues.
     pub port: Arc<Port>,
+    /// On which NUMA node it is, and its extents are to lie.
+    pub numa: NumaSettings,
+    pid: i32,
+    /// Where it was when somebody looked last.
+    pub whereabouts: Option<Whereabouts>,
 }
 
 impl Device {
     pub(super) fn new(id: DeviceId, joining: Joining) -> Device {
-        let Joining { gid, group, limits, capabilities, port } = joining;
-        Device { id, gid, group, limits, capabilities, port }
+        let Joining { gid, group, limits, capabilities, port, numa, pid } = joining;
+        Device { id, gid, group, limits, capabilities, port, numa, pid, whereabouts: None }
+    }
+
+    /// Looks where it is now: it may have moved. No lock of its memory may be held.
+    pub(super) fn locate(&mut self, topology: &Topology) -> Option<Whereabouts> {
+        self.whereabouts = locate(topology, self.numa.node, &self.port.memory.read(), self.pid);
+        self.whereabouts
     }
 }
 

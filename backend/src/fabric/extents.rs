@@ -3,6 +3,8 @@
 use super::device::{Slot, SlotState};
 use super::{Attempt, DeviceId, Effect, Extent, Fabric};
 use crate::frontend::{MapOutcome, MapRequest};
+use crate::placement::Placement;
+use crate::placement::pages::Policy;
 use crate::pool::PoolError;
 use dmbridge_proto::event::{Event, ExtentInfo};
 use dmbridge_proto::extent::Geometry;
@@ -33,12 +35,14 @@ impl Fabric {
         size: u64,
     ) -> Result<ExtentId, Status> {
         let geometry = self.choose_size(owner, peer, size)?;
-        let memory = self.pool.take(geometry, |id| self.extents.contains_key(&id)).map_err(|error| {
-            if let PoolError::Host(error) = &error {
-                tracing::warn!("no extent of {} bytes: {error}", geometry.size());
-            }
-            Status::NoMemory
-        })?;
+        let (placement, policy) = self.choose_place(owner, peer);
+        let memory =
+            self.pool.take(geometry, &policy, |id| self.extents.contains_key(&id)).map_err(|error| {
+                if let PoolError::Host(error) = &error {
+                    tracing::warn!("no extent of {} bytes: {error}", geometry.size());
+                }
+                Status::NoMemory
+            })?;
         let id = memory.id();
         let file = memory.file().clone();
         let state = self.devices.get_mut(&owner).ok_or(Status::NoEntry)?;
@@ -51,7 +55,7 @@ impl Fabric {
         if let Some(peer) = self.devices.get_mut(&peer) {
             peer.foreign.insert(id);
         }
-        self.extents.insert(id, Extent { memory, owner, peer, condemned: false });
+        self.extents.insert(id, Extent { memory, owner, peer, peer_gid, placement, condemned: false });
         self.effects.push(Effect::Ask(MapRequest {
             device: owner,
             extent: id,
@@ -84,6 +88,16 @@ impl Fabric {
             }
             size /= 2;
         }
+    }
+
+    /// On which NUMA nodes an extent of this pair is to lie, from where the two are now.
+    fn choose_place(&mut self, owner: DeviceId, peer: DeviceId) -> (Placement, Policy) {
+        let topology = &self.topology;
+        let mut locate = |id| self.devices.get_mut(&id).and_then(|state| state.device.locate(topology));
+        let (owner_at, peer_at) = (locate(owner), locate(peer));
+        let own = self.devices.get(&owner).and_then(|state| state.device.numa.placement);
+        let placement = own.unwrap_or(self.pool.settings().placement);
+        (placement, placement.policy(topology, owner_at, peer_at))
     }
 
     /// Asks the peer's front-end to map an extent. The place, or why there is none.

@@ -14,9 +14,12 @@ pub use commands::Attempt;
 pub use device::{Capabilities, Device, DeviceId, Joining, Usage};
 
 use crate::frontend::MapRequest;
+use crate::placement::Placement;
+use crate::pool::memfile::MemFile;
 use crate::pool::{ExtentMemory, Place, Pool};
 use crate::port::Target;
 use crate::settings::PoolSettings;
+use crate::topology::Topology;
 use device::State;
 use dmbridge_proto::event::{Event, GoneReason};
 use dmbridge_proto::ids::{ExtentId, Gid, Token};
@@ -54,13 +57,31 @@ struct Extent {
     memory: ExtentMemory,
     owner: DeviceId,
     peer: DeviceId,
+    peer_gid: Gid,
+    placement: Placement,
     /// The peer left: nothing new is put here, and it goes with its last DMB.
     condemned: bool,
+}
+
+/// An extent, as people are told of it.
+#[derive(Debug, Clone, Copy)]
+pub struct ExtentView<'a> {
+    /// Its name.
+    pub id: ExtentId,
+    /// Who reads it.
+    pub owner: Gid,
+    /// Who writes it.
+    pub peer: Gid,
+    /// Where its pages were to lie.
+    pub placement: Placement,
+    /// Its memory.
+    pub file: &'a Arc<MemFile>,
 }
 
 /// The fabric of one daemon.
 #[derive(Debug)]
 pub struct Fabric {
+    topology: Topology,
     pool: Pool,
     devices: HashMap<DeviceId, State>,
     by_gid: HashMap<Gid, DeviceId>,
@@ -72,9 +93,10 @@ pub struct Fabric {
 }
 
 impl Fabric {
-    /// An empty fabric.
-    pub fn new(pool: PoolSettings) -> Fabric {
+    /// An empty fabric on this host.
+    pub fn new(pool: PoolSettings, topology: Topology) -> Fabric {
         Fabric {
+            topology,
             pool: Pool::new(pool),
             devices: HashMap::new(),
             by_gid: HashMap::new(),
@@ -89,6 +111,20 @@ impl Fabric {
     /// The pool.
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// The host's NUMA nodes.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// All extents, in no order.
+    pub fn extents(&self) -> impl Iterator<Item = ExtentView<'_>> {
+        self.extents.iter().filter_map(|(id, extent)| {
+            let owner = self.devices.get(&extent.owner)?.device.gid;
+            let Extent { memory, peer_gid, placement, .. } = extent;
+            Some(ExtentView { id: *id, owner, peer: *peer_gid, placement: *placement, file: memory.file() })
+        })
     }
 
     /// A started device.
@@ -112,7 +148,9 @@ impl Fabric {
         let id = DeviceId(self.next_device);
         self.by_gid.insert(joining.gid, id);
         let unit = self.pool.unit();
-        self.devices.insert(id, State::new(Device::new(id, joining), unit));
+        let mut device = Device::new(id, joining);
+        device.locate(&self.topology);
+        self.devices.insert(id, State::new(device, unit));
         id
     }
 

@@ -4,6 +4,7 @@ use super::*;
 use crate::doorbell;
 use crate::frontend::MapOutcome;
 use crate::memory::RegionInfo;
+use crate::placement::NumaSettings;
 use crate::port::{Port, SessionId};
 use crate::settings::Limits;
 use dmbridge_proto::control::{
@@ -27,11 +28,16 @@ struct World {
 
 impl World {
     fn new() -> World {
-        World::with_pool(PoolSettings { max_bytes: 1 << 30, huge_pages: None })
+        World::with_pool(PoolSettings { max_bytes: 1 << 30, ..PoolSettings::default() })
     }
 
     fn with_pool(pool: PoolSettings) -> World {
-        World { fabric: Fabric::new(pool), asked: Vec::new(), resumed: Vec::new(), next_gid: 1 }
+        World {
+            fabric: Fabric::new(pool, Topology::single()),
+            asked: Vec::new(),
+            resumed: Vec::new(),
+            next_gid: 1,
+        }
     }
 
     fn join(&mut self, capabilities: Capabilities) -> DeviceId {
@@ -43,7 +49,8 @@ impl World {
         let port = Arc::new(Port::new(SessionId(self.next_gid), doorbell));
         let gid = Gid::from_u64(self.next_gid);
         self.next_gid += 1;
-        self.fabric.join(Joining { gid, group: group.into(), limits, capabilities, port })
+        let numa = NumaSettings::default();
+        self.fabric.join(Joining { gid, group: group.into(), limits, capabilities, port, numa, pid: 0 })
     }
 
     fn gid(&self, id: DeviceId) -> Gid {
@@ -220,7 +227,7 @@ fn the_errors_of_a_registration_come_in_the_order_of_its_table() {
 
 #[test]
 fn a_full_window_is_told_from_a_full_pool() {
-    let mut world = World::with_pool(PoolSettings { max_bytes: 6 * MIB, huge_pages: None });
+    let mut world = World::with_pool(PoolSettings { max_bytes: 6 * MIB, ..PoolSettings::default() });
     let small = Limits { window_size: 4 * MIB, ..Limits::default() };
     let (a, b) = (world.join_with("a", ABLE, small), world.join_with("a", ABLE, small));
     let c = world.join_with("a", ABLE, small);

@@ -1,14 +1,19 @@
-//! The memory of one extent: a sealed memfd, and our mapping of it. Not who may use which part of it.
+//! The memory of one extent: a sealed memfd, and our mapping of it. Not who may use which part of it, nor on which NUMA
+//! node its pages are to lie.
 //!
 //! Each extent has a file of its own, so that the descriptor that a front-end gets with `SHMEM_MAP` reveals one pair's
 //! memory and no more. The seals make the file's size final: nobody can take memory away under anybody else.
 
+use crate::placement::pages::{self, Policy, Range};
 use dmbridge_proto::line::ControlLine;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// What the files are called, for people who look into `/proc`.
+pub const NAME: &str = "dmbridge-extent";
 
 /// Ranges from this size on are zeroed by giving their memory back.
 const PUNCH_FROM: u64 = 256 << 10;
@@ -20,6 +25,7 @@ pub struct MemFile {
     start: *mut u8,
     size: u64,
     huge: bool,
+    policy: Policy,
 }
 
 // SAFETY: `start` is the address of a mapping that lives as long as the value; every access goes through raw pointers
@@ -29,22 +35,19 @@ unsafe impl Send for MemFile {}
 unsafe impl Sync for MemFile {}
 
 impl MemFile {
-    /// `size` bytes of zeroes, in pages of `huge_pages` bytes if given, which are then taken at once.
-    pub fn new(size: u64, huge_pages: Option<u64>) -> io::Result<MemFile> {
+    /// `size` bytes of zeroes, in pages of `huge_pages` bytes if given, which are then taken at once. Whoever touches a
+    /// page first, the policy says where it comes from.
+    pub fn new(size: u64, huge_pages: Option<u64>, policy: &Policy) -> io::Result<MemFile> {
         let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         if let Some(page) = huge_pages {
             // The size is told as its logarithm, as for mmap.
             flags |= MFdFlags::MFD_HUGETLB
                 | MFdFlags::from_bits_retain(page.trailing_zeros() << libc::MFD_HUGE_SHIFT);
         }
-        let fd = memfd_create(c"dmbridge-extent", flags)?;
+        let fd = memfd_create(NAME, flags)?;
         let file = File::from(fd);
         file.set_len(size)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        if huge_pages.is_some() {
-            // A huge page that is missing later would be a SIGBUS; here it is an error.
-            fallocate(&file, FallocateFlags::empty(), 0, size as i64)?;
-        }
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
         // SAFETY: a new mapping of a file that is `size` bytes long and cannot shrink.
         let start = unsafe {
@@ -62,7 +65,24 @@ impl MemFile {
         }
         // SAFETY: the range is the mapping that was just made; the advice changes no content.
         unsafe { libc::madvise(start, size as usize, libc::MADV_DONTDUMP) };
-        Ok(MemFile { file, start: start.cast(), size, huge: huge_pages.is_some() })
+        let mut file = MemFile {
+            file,
+            start: start.cast(),
+            size,
+            huge: huge_pages.is_some(),
+            policy: Policy::FirstTouch,
+        };
+        match pages::set_policy(file.range(), policy) {
+            Ok(()) => file.policy = policy.clone(),
+            Err(error) => tracing::warn!(
+                "an extent cannot be placed ({policy:?}), and lies where it is touched: {error}"
+            ),
+        }
+        if file.huge {
+            // A huge page that is missing later would be a SIGBUS; here it is an error.
+            fallocate(&file.file, FallocateFlags::empty(), 0, size as i64)?;
+        }
+        Ok(file)
     }
 
     /// The file, for front-ends to map.
@@ -73,6 +93,16 @@ impl MemFile {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// All of our mapping.
+    pub fn range(&self) -> Range {
+        Range { start: self.start, len: self.size }
+    }
+
+    /// Where its pages are taken from, as far as the kernel agreed.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
     }
 
     /// Our address of `len` bytes at `offset`; they stay mapped as long as the file is borrowed.
@@ -129,7 +159,7 @@ mod tests {
 
     #[test]
     fn nobody_can_change_the_size_of_the_file() {
-        let file = MemFile::new(1 << 20, None).unwrap();
+        let file = MemFile::new(1 << 20, None, &Policy::FirstTouch).unwrap();
         let theirs = File::from(file.fd().try_clone_to_owned().unwrap());
         assert!(theirs.set_len(0).is_err());
         assert!(theirs.set_len(2 << 20).is_err());
@@ -137,7 +167,7 @@ mod tests {
 
     #[test]
     fn zeroing_reaches_every_byte_of_its_range_and_no_other() {
-        let file = MemFile::new(1 << 20, None).unwrap();
+        let file = MemFile::new(1 << 20, None, &Policy::FirstTouch).unwrap();
         for (offset, len) in [(4096, 8192), (4096, PUNCH_FROM)] {
             // SAFETY: inside of the mapping, as `at` checks.
             unsafe { std::ptr::write_bytes(file.at(0, 1 << 20), 0xa5, 1 << 20) };
@@ -152,7 +182,7 @@ mod tests {
 
     #[test]
     fn released_memory_goes_back_to_the_host() {
-        let file = MemFile::new(1 << 20, None).unwrap();
+        let file = MemFile::new(1 << 20, None, &Policy::FirstTouch).unwrap();
         // SAFETY: inside of the mapping, as `at` checks.
         unsafe { std::ptr::write_bytes(file.at(0, 1 << 20), 0xa5, 1 << 20) };
         assert!(file.file.metadata().unwrap().blocks() > 0);

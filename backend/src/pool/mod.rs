@@ -4,6 +4,7 @@ pub mod lines;
 pub mod memfile;
 pub mod ranges;
 
+use crate::placement::pages::Policy;
 use crate::settings::PoolSettings;
 use dmbridge_proto::extent::{Geometry, LINE_SIZE};
 use dmbridge_proto::ids::ExtentId;
@@ -62,16 +63,17 @@ impl Pool {
         &self.settings
     }
 
-    /// Takes memory for an extent. `taken` says whether an id is in use: ids come round after 2^31 extents.
+    /// Takes memory for an extent, whose pages the policy places. `taken` says whether an id is in use: ids come round after 2^31 extents.
     pub fn take(
         &mut self,
         geometry: Geometry,
+        policy: &Policy,
         taken: impl Fn(ExtentId) -> bool,
     ) -> Result<ExtentMemory, PoolError> {
         if geometry.size() > self.free_bytes() {
             return Err(PoolError::Full(self.settings.max_bytes));
         }
-        let file = MemFile::new(geometry.size(), self.settings.huge_pages)?;
+        let file = MemFile::new(geometry.size(), self.settings.huge_pages, policy)?;
         let id = loop {
             self.next_id = (self.next_id + 1) & (i32::MAX as u32);
             match ExtentId::new(self.next_id) {
@@ -200,7 +202,7 @@ mod tests {
     use super::*;
 
     fn pool(max_bytes: u64) -> Pool {
-        Pool::new(PoolSettings { max_bytes, huge_pages: None })
+        Pool::new(PoolSettings { max_bytes, ..PoolSettings::default() })
     }
 
     fn byte(extent: &ExtentMemory, place: &Place, at: u64) -> *mut u8 {
@@ -211,19 +213,19 @@ mod tests {
     fn the_pool_ends_where_the_settings_say() {
         let mut pool = pool(5 << 20);
         let two = Geometry::new(2 << 20).unwrap();
-        let a = pool.take(two, |_| false).unwrap();
-        let b = pool.take(two, |_| false).unwrap();
+        let a = pool.take(two, &Policy::FirstTouch, |_| false).unwrap();
+        let b = pool.take(two, &Policy::FirstTouch, |_| false).unwrap();
         assert_ne!(a.id(), b.id());
-        assert!(matches!(pool.take(two, |_| false), Err(PoolError::Full(_))));
+        assert!(matches!(pool.take(two, &Policy::FirstTouch, |_| false), Err(PoolError::Full(_))));
         pool.give(a);
         assert_eq!(pool.used(), (2 << 20, 1));
-        assert!(pool.take(two, |_| false).is_ok());
+        assert!(pool.take(two, &Policy::FirstTouch, |_| false).is_ok());
     }
 
     #[test]
     fn reused_memory_is_zero() {
         let mut pool = pool(1 << 30);
-        let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), |_| false).unwrap();
+        let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), &Policy::FirstTouch, |_| false).unwrap();
         let keep = extent.take(4096).unwrap();
         for size in [4096, 65536, 1 << 20] {
             let place = extent.take(size).unwrap();
@@ -250,7 +252,7 @@ mod tests {
     #[test]
     fn a_line_tells_a_peer_where_the_dmb_is_until_it_ends() {
         let mut pool = pool(1 << 30);
-        let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), |_| false).unwrap();
+        let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), &Policy::FirstTouch, |_| false).unwrap();
         let place = extent.take(8192).unwrap();
         let file = extent.file().clone();
         let line = file.line(place.line_offset());
@@ -264,7 +266,7 @@ mod tests {
     #[test]
     fn an_extent_holds_no_more_dmbs_than_it_has_lines() {
         let mut pool = pool(1 << 30);
-        let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), |_| false).unwrap();
+        let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), &Policy::FirstTouch, |_| false).unwrap();
         let mut places = Vec::new();
         while let Some(place) = extent.take(4096) {
             places.push(place);
