@@ -169,26 +169,21 @@ impl ConfigSpace {
 mod tests {
     use super::*;
 
-    /// What QEMU 11.1 shows of a vhost-user-test-device-pci with a window of 1 GiB.
+    /// What QEMU 11.1 shows of a vhost-user-test-device-pci with a window of 256 MiB.
     fn literal() -> [u8; SIZE] {
         let mut space = [0; SIZE];
-        space[..8].copy_from_slice(&[0xf4, 0x1a, 0x65, 0x10, 0x07, 0x05, 0x10, 0x00]);
-        space[FIRST_CAPABILITY] = 0xe4;
-        let capabilities: [(usize, &[u8]); 8] = [
-            (0xe4, &[0x10, 0xc8, 0x02, 0x00]),
-            (
-                0xc8,
-                &[
-                    0x09, 0xb0, 0x18, 0x08, 0x02, 0x01, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0,
-                    0,
-                ],
-            ),
-            (0xb0, &[0x11, 0x9c, 0x03, 0x80]),
-            (0x9c, &[0x09, 0x88, 0x14, 0x05, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-            (0x88, &[0x09, 0x74, 0x14, 0x02, 0x04, 0, 0, 0, 0, 0x30, 0, 0, 0, 0x10, 0, 0, 4, 0, 0, 0]),
-            (0x74, &[0x09, 0x64, 0x10, 0x04, 0x04, 0, 0, 0, 0, 0x20, 0, 0, 0, 0x10, 0, 0]),
-            (0x64, &[0x09, 0x54, 0x10, 0x03, 0x04, 0, 0, 0, 0, 0x10, 0, 0, 0, 0x10, 0, 0]),
-            (0x54, &[0x09, 0x00, 0x10, 0x01, 0x04, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0]),
+        space[..8].copy_from_slice(&[0xf4, 0x1a, 0x65, 0x10, 0x07, 0x01, 0x10, 0x00]);
+        space[FIRST_CAPABILITY] = 0xe8;
+        let capabilities: [(usize, &[u8]); 9] = [
+            (0xe8, &[0x09, 0xdc, 0x18, 0x08, 4, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0]),
+            (0xdc, &[0x11, 0xc8, 0, 0, 1, 0, 0, 0, 1, 0x08, 0, 0]),
+            (0xc8, &[0x09, 0xb4, 0x14, 0x05, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+            (0xb4, &[0x09, 0xa4, 0x14, 0x02, 2, 0, 0, 0, 0, 0x30, 0, 0, 0, 0x10, 0, 0, 4, 0, 0, 0]),
+            (0xa4, &[0x09, 0x94, 0x10, 0x04, 2, 0, 0, 0, 0, 0x20, 0, 0, 0, 0x10, 0, 0]),
+            (0x94, &[0x09, 0x84, 0x10, 0x03, 2, 0, 0, 0, 0, 0x10, 0, 0, 0, 0x10, 0, 0]),
+            (0x84, &[0x09, 0x7c, 0x10, 0x01, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0]),
+            (0x7c, &[0x01, 0x40, 0x03, 0]),
+            (0x40, &[0x10, 0, 2, 0, 0x20, 0x80, 0, 0x10, 0, 0, 0, 0, 0x11, 4, 0, 0]),
         ];
         for (at, bytes) in capabilities {
             space[at..at + bytes.len()].copy_from_slice(bytes);
@@ -198,15 +193,15 @@ mod tests {
 
     #[test]
     fn every_structure_is_found_where_it_is() {
-        let page = |number: u64| Area { bar: 4, offset: number * 0x1000, len: 0x1000 };
+        let page = |number: u64| Area { bar: 2, offset: number * 0x1000, len: 0x1000 };
         let expected = Structures {
             common: page(0),
             isr: page(1),
             device: page(2),
             notify: page(3),
             notify_multiplier: 4,
-            window: Some(Area { bar: 2, offset: 0, len: 1 << 30 }),
-            access: 0x9c,
+            window: Some(Area { bar: 4, offset: 0, len: 256 << 20 }),
+            access: 0xc8,
         };
         assert_eq!(Structures::parse(&literal()).unwrap(), expected);
     }
@@ -214,11 +209,11 @@ mod tests {
     #[test]
     fn the_window_may_be_far_up_and_large() {
         let mut space = literal();
-        space[0xc8 + 16..0xc8 + 24].copy_from_slice(&[1, 0, 0, 0, 2, 0, 0, 0]);
+        space[0xe8 + 16..0xe8 + 24].copy_from_slice(&[1, 0, 0, 0, 2, 0, 0, 0]);
         let window = Structures::parse(&space).unwrap().window;
-        assert_eq!(window, Some(Area { bar: 2, offset: 1 << 32, len: 2 << 32 | 1 << 30 }));
+        assert_eq!(window, Some(Area { bar: 4, offset: 1 << 32, len: 2 << 32 | 256 << 20 }));
         // Another region's id: no window.
-        space[0xc8 + 5] = 2;
+        space[0xe8 + 5] = 2;
         assert_eq!(Structures::parse(&space).unwrap().window, None);
     }
 
@@ -228,11 +223,11 @@ mod tests {
             &|space| space[STATUS] = 0,
             &|space| space[FIRST_CAPABILITY] = 0,
             // A loop that leaves out what comes after it.
-            &|space| space[0xc8 + 1] = 0xe4,
-            &|space| space[0x54 + 3] = 77,
+            &|space| space[0xc8 + 1] = 0xe8,
+            &|space| space[0x84 + 3] = 77,
             // Reserved BARs are ignored, and short capabilities are none.
-            &|space| space[0x54 + 4] = 6,
-            &|space| space[0x88 + 2] = 16,
+            &|space| space[0x84 + 4] = 6,
+            &|space| space[0xb4 + 2] = 16,
             &|space| {
                 space[FIRST_CAPABILITY] = 0xfc;
                 space[0xfc..].copy_from_slice(&[0x09, 0, 0x10, 1]);
