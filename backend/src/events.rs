@@ -1,7 +1,7 @@
 //! The event queue of one device: events in, in order, buffers filled (`docs/device.md`, 7). Not who tells what.
 //!
 //! What finds no buffer waits. How much waits is bounded, whatever others do: what merges is merged, what a driver never
-//! learned of and is gone again is forgotten, and software events are refused beyond a limit.
+//! learned of and is gone again is forgotten, and software events and new peers are refused beyond a limit.
 
 use crate::memory::DeviceMemory;
 use crate::notify::EventFile;
@@ -14,6 +14,9 @@ use std::sync::Arc;
 
 /// Software events of all senders that wait at one device at most.
 const MAX_WAITING_SOFTWARE_EVENTS_OF_ALL: usize = 64 * MAX_WAITING_SOFTWARE_EVENTS;
+
+/// A device where so many events wait gets no new peers.
+const MAX_WAITING: usize = 4096;
 
 /// What at most one waiting event is about.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -152,6 +155,12 @@ impl Events {
     /// Number of events that wait for a buffer.
     pub fn waiting(&self) -> usize {
         self.waiting.events.len()
+    }
+
+    /// Whether so much waits that others must not give it more reasons for events. What it has already can still tell
+    /// it everything.
+    pub fn is_clogged(&self) -> bool {
+        self.waiting.events.len() >= MAX_WAITING
     }
 
     /// Takes what waits.

@@ -106,6 +106,10 @@ impl Fabric {
         {
             return Err(Status::Quota);
         }
+        // A peer that takes no events could be given more of them by one device after another, without an end.
+        if self.devices.get(&peer_id).is_some_and(|peer| peer.device.port.events().is_clogged()) {
+            return Err(Status::Again);
+        }
         let token = match ram {
             Some((line_addr, segments)) => {
                 self.register_ram(id, peer_id, peer_gid, register.size, line_addr, segments)?

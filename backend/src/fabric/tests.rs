@@ -443,6 +443,30 @@ fn others_fill_no_more_than_half_of_a_window() {
 }
 
 #[test]
+fn devices_that_come_and_go_cannot_fill_one_that_takes_no_events() {
+    let mut world = World::new();
+    let victim = world.join(ABLE);
+    let mut cycles = 0;
+    loop {
+        let other = world.join(ABLE);
+        let result = world.register(other, victim, 4 * KIB);
+        world.fabric.leave(other, GoneReason::Left);
+        world.answer_all();
+        match result {
+            Ok(_) => cycles += 1,
+            Err(status) => break assert_eq!(status, Status::Again),
+        }
+        assert!(cycles < 10_000);
+    }
+    // Only who left is still to be told, and the victim can go on.
+    assert_eq!(world.port(victim).events().waiting(), cycles);
+    let other = world.join(ABLE);
+    world.register(victim, other, 4 * KIB).unwrap();
+    world.events(victim);
+    world.register(other, victim, 4 * KIB).unwrap();
+}
+
+#[test]
 fn a_pairs_extents_double() {
     let mut world = World::new();
     let (owner, peer) = (world.join(ABLE), world.join(ABLE));
