@@ -11,9 +11,13 @@ use std::path::Path;
 use vm_memory::guest_memory::GuestMemoryBackend;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
-/// The most regions of a front-end's memory that are looked at, the largest first; and how much of each.
+/// The most regions of a front-end's memory that are looked at, the largest first.
 const REGIONS: usize = 8;
-const SAMPLE: Sample = Sample { windows: 16, window_pages: 128, pages: 8 };
+/// How much is looked at in one region if it is the only one.
+const SAMPLE: Sample = Sample { windows: 64, window_pages: 128, pages: 8 };
+/// From so many pages on a sample counts. A process that has touched fewer may have nothing but rings in its memory, and
+/// those the daemon may have touched first.
+const LEAST_PAGES: u64 = 32;
 /// The most threads of a process that are looked at.
 const THREADS: usize = 64;
 
@@ -62,7 +66,7 @@ pub fn locate(
     if let Some(node) = configured {
         return Some(Whereabouts { node, source: Source::Configured });
     }
-    let of_memory = || majority(&memory_census(memory));
+    let of_memory = || node_of_memory(&memory_census(memory));
     let of_cpus = || node_of_process(topology, Path::new("/proc"), pid);
     let by = |source| move |node| Whereabouts { node, source };
     of_memory().map(by(Source::Memory)).or_else(|| of_cpus().map(by(Source::Cpus)))
@@ -74,14 +78,21 @@ fn majority(census: &Census) -> Option<NodeId> {
     census.iter().find(|(_, count)| **count != 0 && **count * 3 >= all * 2).map(|(node, _)| *node)
 }
 
+/// The node of a front-end's memory, if that is enough to tell.
+fn node_of_memory(census: &Census) -> Option<NodeId> {
+    majority(census).filter(|_| census.values().sum::<u64>() >= LEAST_PAGES)
+}
+
 /// A sample of a front-end's own memory.
 fn memory_census(memory: &DeviceMemory) -> Census {
     let mut regions: Vec<&GuestRegionMmap> =
         memory.guest().iter().filter(|region| !is_extent(region)).collect();
     regions.sort_by_key(|region| std::cmp::Reverse(region.len()));
+    regions.truncate(REGIONS);
+    let sample = Sample { windows: SAMPLE.windows.div_ceil(regions.len().max(1)), ..SAMPLE };
     let mut census = Census::new();
-    for region in regions.into_iter().take(REGIONS) {
-        for (node, pages) in pages::census(Range { start: region.as_ptr(), len: region.len() }, SAMPLE) {
+    for region in regions {
+        for (node, pages) in pages::census(Range { start: region.as_ptr(), len: region.len() }, sample) {
             *census.entry(node).or_default() += pages;
         }
     }
@@ -194,6 +205,19 @@ mod tests {
         assert_eq!(memory_census(&guest.table()).values().sum::<u64>(), 0);
         guest.put(&[1; 5 * 4096]);
         assert_eq!(memory_census(&guest.table()).values().sum::<u64>(), 5);
+    }
+
+    #[test]
+    fn memory_tells_where_a_front_end_is_once_enough_of_it_was_touched() {
+        let guest = Guest::new(16 << 20);
+        let mut seen = Vec::new();
+        for megabytes in [1, 7] {
+            guest.put(&vec![1; megabytes << 20]);
+            seen.push(node_of_memory(&memory_census(&guest.table())));
+        }
+        assert_eq!(seen[0], None);
+        // Unless this host spreads the pages of this thread over several nodes.
+        assert!(Topology::of_host().nodes().len() > 1 || seen[1] == Some(node(0)), "{seen:?}");
     }
 
     #[test]
