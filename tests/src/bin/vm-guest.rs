@@ -17,12 +17,14 @@
 //! | `exchange DMB SENDER BYTES SEED` | sends so many bytes while it receives as many; answers their hashes |
 //! | `tell GID CODE INFO`, `event [SECONDS]` | software events, and whatever else happens |
 //! | `stats` | |
+//! | `get SOCKET PATH` | what the control API of a daemon answers |
 
 use anyhow::{Context, Result, bail};
 use dmbridge::pci::{self, PciAddress};
 use dmbridge::{Device, Dmb, DmbSender, Error, Event, Gid, Token};
 use serde_json::{Value, json};
-use std::io::{BufRead, Write};
+use std::io::{BufRead, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::str::FromStr;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -185,6 +187,15 @@ impl Driven {
                 Ok(
                     json!({ "commands": stats.commands, "events": stats.events, "rings": stats.rings, "connected": self.device.is_connected() }),
                 )
+            }
+            "get" => {
+                let &[socket, path] = words else { bail!("a socket and a path are missing") };
+                let mut stream = UnixStream::connect(socket)?;
+                write!(stream, "GET {path} HTTP/1.1\r\nHost: dmbridged\r\nConnection: close\r\n\r\n")?;
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer)?;
+                let (_, body) = answer.split_once("\r\n\r\n").context("the answer has no body")?;
+                Ok(serde_json::from_str(body)?)
             }
             other => bail!("there is no command {other}"),
         }

@@ -48,6 +48,14 @@ impl Driven {
         Driven::started(vm.name(), End::Guest(vm.start_command(&command)))
     }
 
+    /// A process in a guest, on this CPU, that connects to the socket of a daemon in the same guest.
+    pub fn inside(vm: &Vm, cpu: u32, socket: &str) -> Driven {
+        let mask = format!("{:x}", 1u64 << cpu);
+        let command = ["taskset", &mask, "vm-guest", "hub", socket];
+        Driven::started(vm.name(), End::Guest(vm.start_command(&command)))
+            .unwrap_or_else(|error| panic!("VM {}: {error}\n---- console ----\n{}", vm.name(), vm.console()))
+    }
+
     /// A process of this host that connects to a daemon's socket.
     pub fn on_host(socket: &Path, map: bool) -> Driven {
         let test = std::env::current_exe().expect("the test's own path");
