@@ -91,7 +91,10 @@ pub unsafe fn copy_to_shared(method: CopyMethod, src: *const u8, dst: *mut u8, l
         let words = len & !7;
         match method {
             CopyMethod::Plain => copy_words(src, dst, words),
-            CopyMethod::NonTemporal => stream_words(src, dst, words),
+            CopyMethod::NonTemporal => {
+                stream_words(src, dst, words);
+                end_of_stream();
+            }
             CopyMethod::String => string_words(src, dst, words),
         }
         if words != len {
@@ -100,43 +103,19 @@ pub unsafe fn copy_to_shared(method: CopyMethod, src: *const u8, dst: *mut u8, l
     }
 }
 
-/// Stores eight words past the caches, for data that is generated in place where [`CopyPlan`] says that plain stores are
-/// slow. Whole cache lines should be stored so, in order. [`end_of_stream`] has to come before anything that announces
-/// them.
+/// As [`copy_to_shared`] by non-temporal stores, in pieces: what it stores is ordered before later stores by
+/// [`end_of_stream`] only, once for all pieces.
 ///
 /// # Safety
 ///
-/// 64 bytes are writable at `dst`, which is aligned to 8, and no Rust reference to them exists.
+/// As for [`copy_to_shared`]; `dst` is aligned to 8, `len` a multiple of 8.
 #[inline]
-pub unsafe fn stream_block(words: [u64; 8], dst: *mut u64) {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    {
-        use core::arch::x86_64::{__m128i, _mm_set_epi64x, _mm_stream_si64, _mm_stream_si128};
-        let [a, b, c, d, e, f, g, h] = words.map(u64::cast_signed);
-        let to = dst.cast::<__m128i>();
-        // SAFETY: the caller's promise; SSE2 is part of x86-64. Made in registers: words that were stored one by one could
-        // not be loaded as wider ones without waiting for the stores.
-        unsafe {
-            if to.is_aligned() {
-                _mm_stream_si128(to, _mm_set_epi64x(b, a));
-                _mm_stream_si128(to.add(1), _mm_set_epi64x(d, c));
-                _mm_stream_si128(to.add(2), _mm_set_epi64x(f, e));
-                _mm_stream_si128(to.add(3), _mm_set_epi64x(h, g));
-            } else {
-                for (i, word) in [a, b, c, d, e, f, g, h].into_iter().enumerate() {
-                    _mm_stream_si64(dst.add(i).cast(), word);
-                }
-            }
-        }
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    for (i, word) in words.into_iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { dst.add(i).write_volatile(word) }
-    }
+pub unsafe fn stream_to_shared(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { stream_words(src, dst, len) }
 }
 
-/// Orders what [`stream_block`] stored before every later store.
+/// Orders what [`stream_to_shared`] stored before every later store.
 #[inline]
 pub fn end_of_stream() {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -181,7 +160,7 @@ unsafe fn copy_word(src: *const u8, dst: *mut u8) {
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod x86_64 {
     use super::copy_word;
-    use core::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+    use core::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
 
     /// Copies 64 bytes. An aligned 16-byte store is one access, so each 8-byte word in it is whole. The plain stores are
     /// volatile so that the compiler cannot turn the loop around them into a call of memcpy.
@@ -229,9 +208,12 @@ mod x86_64 {
         }
     }
 
+    /// The stores are ordered by nothing but a store fence, not even by a release store.
+    ///
     /// # Safety
     ///
     /// As for [`copy_words`].
+    #[inline]
     pub unsafe fn stream_words(src: *const u8, dst: *mut u8, len: usize) {
         // SAFETY: the caller's promise: head, lines and tail sum up to `len`.
         unsafe {
@@ -242,8 +224,6 @@ mod x86_64 {
             for at in (head..head + lines).step_by(64) {
                 line::<true>(src.add(at), dst.add(at));
             }
-            // Non-temporal stores are ordered by nothing but this, not even by a release store.
-            _mm_sfence();
             copy_words(src.add(head + lines), dst.add(head + lines), len - head - lines);
         }
     }

@@ -285,64 +285,66 @@ impl<'a> SharedSlice<'a> {
         unsafe { store(word.ptr.as_ptr().cast(), value.to_le()) }
     }
 
-    /// Reads it in order, in blocks of eight little-endian words; returns the rest of less than 64 bytes. This is how to
+    /// Reads it all, in order, as little-endian 8-byte words; returns the rest of less than eight bytes. This is how to
     /// use every byte that a peer wrote without copying it first.
     #[inline]
-    pub fn for_each_block(&self, mut each: impl FnMut([u64; 8])) -> SharedSlice<'a> {
-        let blocks = self.len / 64;
-        let from = self.ptr.as_ptr().cast::<u64>();
-        for block in 0..blocks {
-            // SAFETY: the block lies inside.
-            each(std::array::from_fn(|word| u64::from_le(unsafe { load(from.add(block * 8 + word)) })));
-        }
-        self.slice(blocks * 64..)
-    }
-
-    /// As [`for_each_block`](Self::for_each_block), word by word; returns the rest of less than eight bytes.
-    #[inline]
     pub fn for_each_u64(&self, mut each: impl FnMut(u64)) -> SharedSlice<'a> {
-        let rest = self.for_each_block(|block| block.into_iter().for_each(&mut each));
-        let words = rest.len / 8;
-        (0..words).for_each(|word| each(rest.read_u64(word * 8)));
-        rest.slice(words * 8..)
+        let words = self.len / 8;
+        let from = self.ptr.as_ptr().cast::<u64>();
+        let mut at = 0;
+        // Eight independent loads per turn, so that the loop costs nothing beside them.
+        while at + 8 <= words {
+            // SAFETY: at + 8 <= words.
+            let block: [u64; 8] = std::array::from_fn(|i| unsafe { load(from.add(at + i)) });
+            block.into_iter().for_each(|word| each(u64::from_le(word)));
+            at += 8;
+        }
+        while at < words {
+            // SAFETY: at < words.
+            each(u64::from_le(unsafe { load(from.add(at)) }));
+            at += 1;
+        }
+        self.slice(words * 8..)
     }
 
-    /// Writes it in order, in blocks of eight little-endian words; returns the rest of less than 64 bytes. This is how to
+    /// Writes it all, in order, as little-endian 8-byte words; returns the rest of less than eight bytes. This is how to
     /// generate data where the peer will read it.
     #[inline]
-    pub fn fill_blocks_with(&self, mut next: impl FnMut() -> [u64; 8]) -> SharedSlice<'a> {
-        let blocks = self.len / 64;
-        let to = self.ptr.as_ptr().cast::<u64>();
-        // Where plain stores are slow, the words go past the caches: what is generated is written once, and read by
+    pub fn fill_u64_with(&self, mut next: impl FnMut() -> u64) -> SharedSlice<'a> {
+        let words = self.len / 8;
+        let to = self.ptr.as_ptr();
+        // Where plain stores are slow, whole lines go past the caches: what is generated is written once, and read by
         // somebody else.
-        let stream = to.is_aligned() && self.memory.plan.method(self.len) != CopyMethod::Plain;
-        for block in 0..blocks {
-            let words = next().map(u64::to_le);
-            // SAFETY: the block lies inside; aligned where that is asked for.
+        let stream = to.cast::<u64>().is_aligned() && self.memory.plan.method(self.len) != CopyMethod::Plain;
+        let mut piece = [0u64; FILL_PIECE];
+        let mut at = 0;
+        while at < words {
+            let to = to.wrapping_add(at * 8);
+            // Pieces end at the end of a line, so that no line is written in two.
+            let before = to.addr() % 64 / 8;
+            let piece = &mut piece[..(FILL_PIECE - before).min(words - at)];
+            piece.fill_with(|| next().to_le());
+            let (from, len) = (piece.as_ptr().cast(), piece.len() * 8);
+            // SAFETY: the piece's words end at `words` at the latest, which lies inside; aligned where that is asked for.
             unsafe {
-                let to = to.add(block * 8);
                 if stream {
-                    shm::stream_block(words, to);
+                    shm::stream_to_shared(from, to, len);
                 } else {
-                    words.into_iter().enumerate().for_each(|(i, word)| store(to.add(i), word));
+                    shm::copy_to_shared(CopyMethod::Plain, from, to, len);
                 }
             }
+            at += piece.len();
         }
         if stream {
             shm::end_of_stream();
         }
-        self.slice(blocks * 64..)
-    }
-
-    /// As [`fill_blocks_with`](Self::fill_blocks_with), word by word; returns the rest of less than eight bytes.
-    #[inline]
-    pub fn fill_u64_with(&self, mut next: impl FnMut() -> u64) -> SharedSlice<'a> {
-        let rest = self.fill_blocks_with(|| std::array::from_fn(|_| next()));
-        let words = rest.len / 8;
-        (0..words).for_each(|word| rest.write_u64(word * 8, next()));
-        rest.slice(words * 8..)
+        self.slice(words * 8..)
     }
 }
+
+/// Words that [`SharedSlice::fill_u64_with`] makes before it stores them: few, so that the processor makes the next ones
+/// while it stores these.
+const FILL_PIECE: usize = 64;
 
 impl fmt::Debug for SharedSlice<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
