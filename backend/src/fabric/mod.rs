@@ -224,10 +224,11 @@ impl Fabric {
 
     /// The peer of a DMB leaves: nobody writes it any more. It stays its owner's until that unregisters it.
     fn end_peer(&mut self, token: Token, peer: &State) {
+        // In any case: a device that was its own peer would hold itself otherwise.
+        peer.device.port.remove_target(token);
         let Some(dmb) = self.dmbs.get_mut(&token) else { return };
         dmb.target.close();
         dmb.attached = false;
-        peer.device.port.remove_target(token);
         if !dmb.registered {
             self.release(token);
         }
