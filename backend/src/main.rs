@@ -59,10 +59,6 @@ fn serve(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
     let control =
         settings.control.as_ref().map(|path| Socket::bind(path, DEFAULT_SOCKET_MODE)).transpose()?;
     let daemon = Daemon::start(settings)?;
-    if let Some(socket) = &control {
-        let handle = daemon.handle();
-        control_api::start(socket, move || handle.report())?;
-    }
     let handle = daemon.handle();
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         let mut stopping = false;
@@ -76,6 +72,10 @@ fn serve(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
             handle.stop();
         }
     })?;
+    if let Some(socket) = &control {
+        let handle = daemon.handle();
+        control_api::start(socket, move || handle.report())?;
+    }
     Ok(daemon.join()?)
 }
 
