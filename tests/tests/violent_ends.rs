@@ -1,8 +1,10 @@
 //! A client that dies, at any point, leaves nothing behind.
 
+use dmbridge_proto::control::Segment;
 use dmbridge_proto::event::{Event, GoneReason};
 use dmbridge_tests::daemon::{TestDaemon, end_with_this_thread};
 use dmbridge_tests::deadline::until_good;
+use dmbridge_tests::frontend::{Options, RawFrontend};
 use dmbridge_tests::pair::Pair;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
@@ -59,4 +61,29 @@ fn expect_killed(child: Child) {
     let output = child.wait_with_output().expect("wait");
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.signal(), Some(libc::SIGKILL), "it was to die at its point: {said}");
+}
+
+#[test]
+fn a_device_that_was_its_own_peer_leaves_nothing_behind() {
+    let daemon = TestDaemon::start();
+    // Threads open what they need once, when they first serve somebody.
+    let mut witness = Pair::new(&daemon.hub());
+    witness.check();
+    let before = daemon.holdings();
+    for options in [Options::default(), Options::without_map()] {
+        let mut device = RawFrontend::connect_with(daemon.hub(), options);
+        let gid = device.gid();
+        let pages = device.memory.allocate(4096, 4096);
+        let line = device.memory.allocate(64, 64);
+        let dmb = device.register_ram(gid, line, &[Segment { addr: pages, len: 4096 }]).expect("a RAM DMB");
+        assert_eq!(device.move_bytes(dmb.token, 0, b"to myself"), Ok(()));
+        if let Ok(dmb) = device.register(gid, 4096) {
+            device.attach(dmb.token).expect("attached");
+        }
+    }
+    until_good(
+        &format!("what the daemon holds, which was {before:?}"),
+        || daemon.holdings(),
+        |after| after.is_within(&before),
+    );
 }

@@ -61,6 +61,11 @@ fn live(hub: &PathBuf, witness: Gid, step: &mut dyn FnMut(&'static str)) -> anyh
     let pages = a.memory.allocate(1 << 20, 4096);
     let line = a.memory.allocate(64, 64);
     let ram = a.register_ram(b.gid(), line, &[Segment { addr: pages, len: 1 << 20 }])?;
+    step("REGISTER for itself");
+    let page = b.memory.allocate(4096, 4096);
+    let own_line = b.memory.allocate(64, 64);
+    b.register_ram(b.gid(), own_line, &[Segment { addr: page, len: 4096 }])?;
+    b.register(b.gid(), 4096)?;
     step("ATTACH");
     b.attach(own.token)?;
     step("SIGNAL_EVENT");
