@@ -1,9 +1,10 @@
 //! The dmbridge daemon: a vhost-user back-end for the device that `docs/device.md` specifies.
 //!
-//! The number of threads is constant. The *control thread* ([`control`]) owns sessions and [`fabric`] and waits for
-//! everything that happens to them; *movers* ([`mover`]) serve the move queues. What they share of one front-end is its
-//! [`port`]. Data goes one way: a chain comes out of a [`vring`], `dmbridge_proto` makes a typed request of it, the
-//! fabric answers, and leaves what is to be asked of a front-end ([`frontend`]) as an effect; nobody waits for anybody.
+//! The number of threads is constant. The *control thread* ([`control`]) owns sessions and [`fabric`] (together the
+//! [`core`]) and waits for everything that happens to them; *movers* ([`mover`]) serve the move queues. What they share
+//! of one front-end is its [`port`]. Data goes one way: a chain comes out of a [`vring`], `dmbridge_proto` makes a typed
+//! request of it, the fabric answers, and leaves what is to be asked of a front-end ([`frontend`]) as an effect; nobody
+//! waits for anybody.
 //!
 //! `vhost-user-backend` is not used: its daemon takes two threads per device, accepts only from a listener of its own
 //! (a hub has to know who connects before there is a device), blocks on a front-end that sends half a message, and keeps

@@ -761,6 +761,41 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_written_to_a_dmb_after_it_was_closed() {
+        for _ in 0..20 {
+            let mut world = World::new();
+            let dmb = world.pool_dmb.clone();
+            let file = world.file.clone();
+            let snapshot = || {
+                let start = file.at(DMB_AT, DMB_SIZE).cast::<u64>();
+                // SAFETY: inside of the mapping, as `at` checks; a mover may write it meanwhile.
+                (0..DMB_SIZE as usize / 8)
+                    .map(|i| unsafe { start.add(i).read_volatile() })
+                    .collect::<Vec<_>>()
+            };
+            let mover = std::thread::spawn(move || {
+                let data = world.sender.take(DMB_SIZE);
+                let header = to(&world.pool_dmb.clone(), 0);
+                for round in 1u64.. {
+                    world.sender.write(data, &round.to_le_bytes().repeat(DMB_SIZE as usize / 8));
+                    match world.move_into(header, &[(data, DMB_SIZE as u32)]) {
+                        Ok(()) => {}
+                        Err(status) => return status,
+                    }
+                }
+                unreachable!("the DMB was closed")
+            });
+            while snapshot()[0] == 0 {
+                std::thread::yield_now();
+            }
+            dmb.close();
+            let then = snapshot();
+            assert_eq!(mover.join().unwrap(), Status::NoEntry);
+            assert!(then == snapshot());
+        }
+    }
+
+    #[test]
     fn a_ring_that_claims_too_much_is_stopped() {
         let mut world = World::new();
         world.ring.claim(&world.sender, 65);
