@@ -241,7 +241,7 @@ fn a_front_end_that_does_not_read_its_answers_is_expelled() {
     let device = RawFrontend::connect_with(daemon.hub(), Options { start: false, ..Options::default() });
     let question = [1u32, 1, 0].map(u32::to_le_bytes).concat();
     let mut asked = 0u64;
-    while std::io::Write::write_all(&mut &*device.socket(), &question).is_ok() {
+    while std::io::Write::write_all(&mut device.socket(), &question).is_ok() {
         asked += 1;
         assert!(asked < 1_000_000, "the daemon keeps everything that nobody reads");
         if asked.is_multiple_of(1000) {
