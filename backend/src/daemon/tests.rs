@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::hub::HubSettings;
-use crate::placement::NumaSettings;
+use crate::placement::{NumaSettings, Placement};
 use crate::settings::{DeviceSettings, Limits, PoolSettings};
 use crate::testing::{BASE, Guest, TestRing};
 use dmbridge_proto::config::{CONFIG_SIZE, Config};
@@ -485,6 +485,22 @@ fn rings_that_are_disabled_for_a_while_go_on_where_they_were() {
     assert_eq!(owner.event(), Event::Software { gid, code: 7, info: 8 });
     assert_eq!(peer.move_bytes(header(dmb.token, MoveFlags::empty()), b"again"), Ok(()));
     assert_eq!(owner.read(dmb.offset, 5), b"again");
+}
+
+#[test]
+fn an_extent_is_reported_with_its_pair_and_where_it_is_to_lie() {
+    let world = World::start_with(|settings, _| settings.pool.placement = Placement::Interleave);
+    let (mut owner, mut peer) = (world.connect(), world.connect());
+    let dmb = owner.register_and_map(&mut peer, 64 << 10);
+    let report = world.report();
+    let nodes: Vec<u32> = report.topology.nodes.iter().map(|node| node.id).collect();
+    let [extent] = &report.extents[..] else { panic!("{:?}", report.extents) };
+    assert_eq!((u64::from(extent.id), extent.bytes), (dmb.token.to_bits() >> 32, 2 << 20));
+    assert_eq!((&extent.owner, &extent.peer), (&owner.gid().to_string(), &peer.gid().to_string()));
+    assert_eq!((extent.placement.as_str(), report.pool.placement.as_str()), ("interleave", "interleave"));
+    // With one node there is nothing to place and nothing to look for.
+    assert_eq!(extent.nodes.is_empty(), nodes.len() == 1);
+    assert_eq!(extent.pages.is_empty(), nodes.len() == 1);
 }
 
 #[test]

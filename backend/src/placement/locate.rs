@@ -5,6 +5,7 @@ use super::pages::{self, Census, Range, Sample};
 use crate::memory::DeviceMemory;
 use crate::pool::memfile;
 use crate::topology::{NodeId, Topology, list};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -85,8 +86,7 @@ fn node_of_memory(census: &Census) -> Option<NodeId> {
 
 /// A sample of a front-end's own memory.
 fn memory_census(memory: &DeviceMemory) -> Census {
-    let mut regions: Vec<&GuestRegionMmap> =
-        memory.guest().iter().filter(|region| !is_extent(region)).collect();
+    let mut regions: Vec<&GuestRegionMmap> = memory.guest().iter().filter(|region| is_own(region)).collect();
     regions.sort_by_key(|region| std::cmp::Reverse(region.len()));
     regions.truncate(REGIONS);
     let sample = Sample { windows: SAMPLE.windows.div_ceil(regions.len().max(1)), ..SAMPLE };
@@ -99,13 +99,14 @@ fn memory_census(memory: &DeviceMemory) -> Census {
     census
 }
 
-/// Whether a region is what the daemon itself had the front-end map: it lies where the daemon placed it.
-fn is_extent(region: &GuestRegionMmap) -> bool {
-    let Some(file) = region.file_offset() else { return false };
-    let link = fs::read_link(format!("/proc/self/fd/{}", file.file().as_raw_fd()));
-    link.is_ok_and(|path| {
-        path.to_string_lossy().strip_prefix("/memfd:").is_some_and(|name| name.starts_with(memfile::NAME))
-    })
+/// Whether a region is the front-end's own memory. What the daemon itself had it map lies where the daemon placed it; and
+/// a file of any other file system is not looked at, because its pages may be served by somebody who takes his time.
+fn is_own(region: &GuestRegionMmap) -> bool {
+    let Some(file) = region.file_offset().map(|offset| offset.file()) else { return false };
+    let memory = fstatfs(file).map(|fs| [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&fs.filesystem_type()));
+    let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default();
+    let name = link.to_string_lossy();
+    memory == Ok(true) && !name.strip_prefix("/memfd:").is_some_and(|name| name.starts_with(memfile::NAME))
 }
 
 /// The node of a process: of the CPUs that it may run on, if that is one; else where its threads ran last, each counted
