@@ -196,6 +196,7 @@ pub fn figure(value: f64, unit: &str) -> String {
         "1/s" if value >= 1e6 => format!("{} M/s", super::super::table::figure(value / 1e6)),
         "1/s" if value >= 1e3 => format!("{} k/s", super::super::table::figure(value / 1e3)),
         "1/s" => format!("{}/s", super::super::table::figure(value)),
+        "GB/s" if value < 0.1 => format!("{} MB/s", super::super::table::figure(value * 1e3)),
         unit => format!("{} {unit}", super::super::table::figure(value)),
     }
 }
@@ -218,7 +219,7 @@ mod tests {
         );
         assert_eq!([size(1.0), size(4096.0), size(16777216.0)], ["1 B", "4 KiB", "16 MiB"]);
         assert_eq!(figure(2_345_678.0, "1/s"), "2.35 M/s");
-        assert_eq!(figure(12.34, "GB/s"), "12.3 GB/s");
+        assert_eq!([figure(12.34, "GB/s"), figure(0.01, "GB/s")], ["12.3 GB/s", "10.0 MB/s"]);
     }
 
     #[test]
