@@ -79,6 +79,8 @@ impl TestDaemon {
     /// A daemon with a hub, these flags, and this configuration; in both, `@` stands for the daemon's folder.
     pub fn start_with(flags: &[&str], configuration: &str) -> TestDaemon {
         let folder = tempfile::tempdir().expect("a folder for the daemon");
+        // A daemon that many tests share is never dropped.
+        crate::vm::shared::remove_at_exit(folder.path());
         let here = folder.path().to_str().expect("a folder with a plain name");
         let file = folder.path().join("dmbridged.toml");
         fs::write(&file, configuration.replace('@', here)).expect("a configuration file");
