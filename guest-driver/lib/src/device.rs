@@ -196,13 +196,20 @@ impl Device {
     }
 
     /// Registers a DMB that `peer` may write. It lies in the host's pool, so that the peer can map it, or in this
-    /// process's memory if this device cannot map. `size` in bytes, a multiple of 4096. Its memory is zero.
+    /// process's memory if this device cannot map, or has no room for another mapping. `size` in bytes, a multiple of
+    /// 4096. Its memory is zero.
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] with the device's reason, see `docs/device.md`, 6.2.
     pub fn register(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {
-        if self.can_map() { self.register_in_pool(peer, size) } else { self.register_ram(peer, size) }
+        if !self.can_map() {
+            return self.register_ram(peer, size);
+        }
+        match self.register_in_pool(peer, size) {
+            Err(Error::Refused { status: Status::NoSpace, .. }) => self.register_ram(peer, size),
+            result => result,
+        }
     }
 
     fn register_in_pool(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {

@@ -10,7 +10,7 @@
 //! | `query GID` | |
 //! | `register GID SIZE [COUNT]` | DMBs; they are numbered from 0 on |
 //! | `register-ram GID SIZE` | a DMB in this process's memory |
-//! | `attach TOKEN …`, `move TOKEN …` | senders by mapping or by moves, numbered from 0 on |
+//! | `attach TOKEN …`, `move TOKEN …`, `open TOKEN …` | senders by mapping, by moves, or by what works, numbered from 0 on |
 //! | `write SENDER OFFSET TEXT`, `signal SENDER MASK` | |
 //! | `read DMB OFFSET LEN`, `wait DMB` | |
 //! | `drop-dmb DMB`, `drop-sender SENDER` | |
@@ -131,7 +131,7 @@ impl Driven {
                 )
             }
             "register" | "register-ram" => self.register(command, words),
-            "attach" | "move" => self.open_senders(command, words),
+            "attach" | "move" | "open" => self.open_senders(command, words),
             "write" => {
                 let offset = word(words, 1, "the offset")?;
                 self.sender(words, 0)?.write(offset, words[2..].join(" ").as_bytes())?;
@@ -224,6 +224,7 @@ impl Driven {
             let token = Token::from_bits(token.parse().context("a token is wrong")?);
             let sender = match command {
                 "attach" => DmbSender::Map(self.device.attach(token)?),
+                "open" => self.device.sender(token)?,
                 _ => DmbSender::Move(self.device.mover(token)?),
             };
             self.senders.push(Some(sender));

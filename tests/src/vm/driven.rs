@@ -95,12 +95,16 @@ impl Driven {
         written.unwrap_or_else(|error| panic!("{}: `{command}`: {error}", self.name));
     }
 
+    fn line(&mut self) -> Result<String, String> {
+        match &mut self.end {
+            End::Guest(running) => running.line(ANSWER),
+            End::Host { lines, .. } => lines.recv_timeout(ANSWER).map_err(|error| error.to_string()),
+        }
+    }
+
     /// What it answers, or why not.
     pub fn try_answer(&mut self) -> Result<Value, String> {
-        let line = match &mut self.end {
-            End::Guest(running) => running.line(ANSWER)?,
-            End::Host { lines, .. } => lines.recv_timeout(ANSWER).map_err(|e| e.to_string())?,
-        };
+        let line = self.line()?;
         let answer: Value = serde_json::from_str(&line).map_err(|error| format!("{error} in {line}"))?;
         match answer["error"].as_str() {
             Some(error) => Err(format!("{error} {}", answer["status"].as_str().unwrap_or_default())),
@@ -151,6 +155,14 @@ impl Driven {
         self.ask(&format!("{how} {token}"))["sender"].as_u64().expect("a number")
     }
 
+    /// Has a guest's process end, so that it lets go of the device in good order.
+    pub fn end(mut self) {
+        if let End::Guest(running) = &self.end {
+            running.end_input().expect("there is an agent");
+            while self.line().is_ok() {}
+        }
+    }
+
     /// Kills its process, as `kill -9` does.
     pub fn kill(mut self) {
         match &mut self.end {
@@ -158,7 +170,7 @@ impl Driven {
             End::Host { child, .. } => child.kill().expect("kill"),
         }
         // Its output ends when it has.
-        while self.try_answer().is_ok() {}
+        while self.line().is_ok() {}
     }
 }
 

@@ -219,7 +219,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_a_capability_list_is_refused() {
-        let cases: [&dyn Fn(&mut [u8; SIZE]); 7] = [
+        type Change = dyn Fn(&mut [u8; SIZE]);
+        let cases: [&Change; 7] = [
             &|space| space[STATUS] = 0,
             &|space| space[FIRST_CAPABILITY] = 0,
             // A loop that leaves out what comes after it.
