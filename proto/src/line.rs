@@ -87,12 +87,24 @@ impl ControlLine {
     #[must_use = "somebody may have to be woken"]
     #[inline]
     pub fn ring(&self) -> Option<Wake> {
+        self.prefetch();
         full_fence();
         if self.armed.load(Ordering::Relaxed) == 0 {
             self.suppressed.store(self.suppressed.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
             return None;
         }
         self.take_armed()
+    }
+
+    /// Fetches the line for writing while the stores before the fence are on their way. While nobody arms, the line is
+    /// here anyway.
+    #[inline]
+    fn prefetch(&self) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        // SAFETY: a prefetch accesses nothing, and where it is not known it does nothing.
+        unsafe {
+            core::arch::asm!("prefetchw [{}]", in(reg) self, options(nostack, preserves_flags, readonly));
+        }
     }
 
     #[cold]

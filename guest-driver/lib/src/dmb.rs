@@ -273,11 +273,17 @@ impl Dmb {
                 Wake::Futex => {
                     futex_wait(state.line.futex_word(), Wake::Futex as u32, Scope::Host, deadline);
                     // The peer woke all who sleep like this one, but knows of no descriptor.
-                    if !state.line.is_armed() && state.fd_armed.load(Ordering::Relaxed) {
+                    if state.fd_armed.load(Ordering::Relaxed) && !state.line.is_armed() {
                         state.notify();
                     }
                 }
                 Wake::Signal => futex_wait(&state.bell, bell, Scope::Process, deadline),
+            }
+            // Who woke this one has taken the line's wish, and woke all others too. So the line, which is in the peer's
+            // cache now, is left alone; if it is still armed, the worst is a wake-up in vain.
+            if ready() {
+                state.sleepers.fetch_sub(1, Ordering::Relaxed);
+                return Ok(true);
             }
         };
         // Others may sleep in the belief that the line is armed: they have to arm again.

@@ -401,8 +401,13 @@ impl Receiver {
             // The peer may wait for room while this side waits for data.
             self.report()?;
             let incoming = self.ends.incoming();
+            let next = ring(self.ends.local.memory()).slice(self.ring.chunk().offset as usize..);
             let seen = self.seen;
-            self.ends.local.wait_until(None, || incoming.load_prod() != seen)?;
+            self.ends.local.wait_until(None, || {
+                // The data comes from the other core's cache together with the cursor, not after it.
+                next.prefetch();
+                incoming.load_prod() != seen
+            })?;
         }
     }
 }
