@@ -53,27 +53,6 @@ pub fn debian_package(program: &str, package: &str) -> Result<()> {
     if in_path(program) { Ok(()) } else { install(program, package) }
 }
 
-/// As [`debian_package`], for the library that bindgen loads.
-pub fn libclang() -> Result<()> {
-    let named = std::env::var_os("LIBCLANG_PATH").map(PathBuf::from);
-    let llvm = Path::new("/usr/lib")
-        .read_dir()
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path().join("lib"));
-    let folders = named.into_iter().chain(llvm).chain([PathBuf::from("/usr/lib/x86_64-linux-gnu")]);
-    let is_libclang = |name: &str| {
-        name.starts_with("libclang") && !name.starts_with("libclang-cpp") && name.contains(".so")
-    };
-    let mut files = folders.flat_map(|folder| folder.read_dir().into_iter().flatten().flatten());
-    if files.any(|file| file.file_name().to_str().is_some_and(is_libclang)) {
-        Ok(())
-    } else {
-        install("libclang", "libclang-dev")
-    }
-}
-
 fn in_path(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
