@@ -47,6 +47,12 @@ pub enum MemoryError {
         /// Where the region ends in the file.
         end: u64,
     },
+    /// The file is of a file system that is not memory: an access could wait for whoever serves it, for ever.
+    #[error(
+        "the file of the memory region at {0:#x} is not memory; use memory-backend-memfd, or a file in tmpfs or \
+         hugetlbfs"
+    )]
+    NotMemory(u64),
     /// The kernel refused the mapping.
     #[error("the memory region at {addr:#x} cannot be mapped: {error}")]
     Map {
@@ -96,7 +102,9 @@ impl Region {
         if size == 0 || size > MAX_BYTES || i64::try_from(end).is_err() {
             return Err(MemoryError::Size { addr, size });
         }
-        let page = page_size(&file).map_err(|error| MemoryError::Io { addr, error })?;
+        let page = page_size(&file)
+            .map_err(|error| MemoryError::Io { addr, error })?
+            .ok_or(MemoryError::NotMemory(addr))?;
         let len = file.metadata().map_err(|error| MemoryError::Io { addr, error })?.len();
         if len < end {
             return Err(MemoryError::File { addr, len, end });
@@ -120,12 +128,15 @@ impl Region {
     }
 }
 
-/// Size of the pages of a file's mapping.
-fn page_size(file: &File) -> std::io::Result<usize> {
-    use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+/// Size of the pages of a mapping of a file that is memory; `None` if it is another file.
+fn page_size(file: &File) -> std::io::Result<Option<usize>> {
+    use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
     let fs = fstatfs(file)?;
-    let page = if fs.filesystem_type() == HUGETLBFS_MAGIC { fs.block_size() as usize } else { 4096 };
-    Ok(if page.is_power_of_two() { page } else { 4096 })
+    Ok(match fs.filesystem_type() {
+        TMPFS_MAGIC => Some(4096),
+        HUGETLBFS_MAGIC => Some(fs.block_size() as usize).filter(|size| size.is_power_of_two()),
+        _ => None,
+    })
 }
 
 /// A memory table.
@@ -252,5 +263,18 @@ impl SharedMemory {
     pub fn replace(&self, memory: DeviceMemory) {
         let old = std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), memory);
         drop(old);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_somebody_has_to_serve_is_not_memory() {
+        let file = File::open("/proc/self/status").unwrap();
+        let info = RegionInfo { guest_addr: 0x1000, size: 4096, user_addr: 0, file_offset: 0 };
+        let refused = DeviceMemory::default().with(info, file).unwrap_err();
+        assert!(matches!(refused, MemoryError::NotMemory(0x1000)), "{refused}");
     }
 }
