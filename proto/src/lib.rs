@@ -13,7 +13,7 @@
 //! | [`control`] | commands and replies | 6 |
 //! | [`event`] | events | 7 |
 //! | [`extent`] | geometry of an extent | 8 |
-//! | [`line`] | control line: the signal protocol | 8, 9 |
+//! | [`mod@line`] | control line: the signal protocol | 8, 9 |
 //! | [`moves`] | moves | 10 |
 //! | [`shm`] | copying into memory that somebody else reads at the same time | 10 |
 //! | [`smc`] | SMC-D's CDC message and cursors | |

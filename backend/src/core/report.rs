@@ -1,4 +1,4 @@
-//! What the control thread tells of its state, as [`Report`](crate::report::Report).
+//! What the control thread tells of its state, as [`Report`].
 
 use super::Core;
 use crate::fabric::ExtentView;
