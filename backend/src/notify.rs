@@ -13,6 +13,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::OnceLock;
 
 /// An eventfd of a front-end.
 #[derive(Debug)]
@@ -45,13 +46,21 @@ impl EventFile {
     }
 }
 
+/// What the asynchronous reads read from; opened once, at the daemon's start.
+static NULL: OnceLock<Option<File>> = OnceLock::new();
+
+/// Opens what notifications need, so that none of them has to.
+pub fn prepare() {
+    NULL.get_or_init(|| File::open("/dev/null").ok());
+}
+
 /// Reads that may be under way at a time; each ends before the call that starts it does.
 const READS: u32 = 32;
 
 /// Makes the kernel add to eventfds. One per thread.
 struct Signaller {
     context: libc::c_ulong,
-    null: File,
+    null: &'static File,
     /// Reads that have ended and were not collected.
     ended: u32,
 }
@@ -85,7 +94,8 @@ impl Signaller {
     const SIGNAL_EVENT_FD: u32 = 1;
 
     fn new() -> Option<Signaller> {
-        let null = File::open("/dev/null").ok()?;
+        prepare();
+        let null = NULL.get()?.as_ref()?;
         let mut context: libc::c_ulong = 0;
         // SAFETY: the kernel writes one word to a variable of that size, which was zero as it wants it.
         if unsafe { libc::syscall(libc::SYS_io_setup, READS, &raw mut context) } != 0 {

@@ -85,7 +85,7 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
         .run(Command::new(run::workspace().join("qemu-scripts/provision")).stdout(Stdio::null()))?;
     Step::new("Running the tests, in virtual machines too").run(
         cargo()
-            .args(["test", "--workspace", "--features", "dmbridge/tokio"])
+            .args(["test", "--workspace", "--features", "dmbridge/tokio", "--no-fail-fast"])
             .args(filter)
             .env("DMBRIDGED", binaries.join("dmbridged"))
             .env("DMBRIDGE", binaries.join("dmbridge")),

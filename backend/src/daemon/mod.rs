@@ -58,6 +58,7 @@ pub struct Handle {
 impl Daemon {
     /// Starts a daemon: its sockets are there when this returns.
     pub fn start(settings: Settings) -> Result<Daemon, Error> {
+        crate::notify::prepare();
         settings.check()?;
         raise_descriptor_limit();
         let hub = match settings.hub {
