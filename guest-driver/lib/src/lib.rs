@@ -38,6 +38,7 @@ mod device;
 mod dmb;
 mod error;
 mod events;
+mod fills;
 mod fork;
 mod mapping;
 mod mover;

@@ -6,6 +6,7 @@
 //! copy: a second look may show something else.
 
 use crate::error::OutOfBounds;
+use crate::fills::Fills;
 use crate::proto::shm::{self, CopyMethod, CopyPlan};
 use std::any::Any;
 use std::fmt;
@@ -21,6 +22,7 @@ pub struct SharedMemory {
     ptr: NonNull<u8>,
     len: usize,
     plan: CopyPlan,
+    fills: Arc<Fills>,
     /// Keeps it mapped.
     _keep: Arc<dyn Any + Send + Sync>,
 }
@@ -42,7 +44,7 @@ impl SharedMemory {
         plan: CopyPlan,
         keep: Arc<dyn Any + Send + Sync>,
     ) -> SharedMemory {
-        SharedMemory { ptr, len, plan, _keep: keep }
+        SharedMemory { ptr, len, plan, fills: Arc::default(), _keep: keep }
     }
 
     /// Size in bytes.
@@ -97,7 +99,7 @@ impl SharedMemory {
     #[cfg(test)]
     pub(crate) fn part(&self, offset: usize, len: usize) -> Result<SharedMemory, OutOfBounds> {
         let ptr = self.get(offset, len)?.ptr;
-        Ok(SharedMemory { ptr, len, plan: self.plan, _keep: self._keep.clone() })
+        Ok(SharedMemory { ptr, len, plan: self.plan, fills: self.fills.clone(), _keep: self._keep.clone() })
     }
 
     #[inline]
@@ -326,7 +328,8 @@ impl<'a> SharedSlice<'a> {
         let to = self.ptr.as_ptr();
         // Where plain stores are slow, whole lines go past the caches: what is generated is written once, and read by
         // somebody else.
-        let stream = to.cast::<u64>().is_aligned() && self.memory.plan.method(self.len) != CopyMethod::Plain;
+        let measure = self.memory.fills.start(self.len);
+        let stream = to.cast::<u64>().is_aligned() && measure.streams();
         let mut piece = [0u64; FILL_PIECE];
         let mut at = 0;
         while at < words {
@@ -349,6 +352,7 @@ impl<'a> SharedSlice<'a> {
         if stream {
             shm::end_of_stream();
         }
+        self.memory.fills.end(&measure);
         self.slice(words * 8..)
     }
 }
