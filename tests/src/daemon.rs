@@ -5,11 +5,12 @@ use dmbridged::report::Report;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use tempfile::TempDir;
+
+pub use dmbridge_vm::machine::end_with_this_thread;
 
 /// The program: what the environment variable `DMBRIDGED` names, else what is built now.
 pub fn program() -> &'static Path {
@@ -194,18 +195,5 @@ impl Drop for TestDaemon {
         } else if self.expect_alive {
             assert!(ended.is_none(), "the daemon ended during the test, {ended:?}:\n{}", self.log());
         }
-    }
-}
-
-/// The child is killed when the thread that starts it ends, so that nothing is left of a test that was aborted.
-pub fn end_with_this_thread(command: &mut Command) {
-    // SAFETY: between fork and exec, prctl is one system call and touches no memory.
-    unsafe {
-        command.pre_exec(|| {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            Ok(())
-        });
     }
 }

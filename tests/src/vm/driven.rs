@@ -1,9 +1,9 @@
 //! A device in a guest, or of a process of the host, that a test drives: the program `vm-guest`, whose source lists the
 //! commands. What is meant to succeed panics, with the guest's words, if it does not.
 
-use super::agent::Running;
 use super::machine::Vm;
 use crate::daemon::end_with_this_thread;
+use dmbridge_vm::Running;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};

@@ -1,8 +1,7 @@
 //! What a guest is made of: what `qemu-scripts/provision` found, and the workspace's own programs.
 
-use std::collections::HashMap;
+use dmbridge_vm::{Provisioned, scripts};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 /// Programs of this package that are in every guest. Cargo builds them with the package's tests.
@@ -10,24 +9,18 @@ const PROGRAMS: [&str; 2] = ["dmbridge-guest-agent", "vm-guest"];
 
 /// A script of `qemu-scripts`.
 pub fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../qemu-scripts").join(name)
+    scripts::script(name).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn found() -> &'static Provisioned {
+    static FOUND: OnceLock<Provisioned> = OnceLock::new();
+    FOUND.get_or_init(|| Provisioned::find(&[]).unwrap_or_else(|error| panic!("{error}")))
 }
 
 /// What `qemu-scripts/provision` says is there (`provision --help` lists it). The first call on a machine may take a
 /// minute, and needs a network.
 pub fn provisioned(what: &str) -> &'static str {
-    static FOUND: OnceLock<HashMap<String, String>> = OnceLock::new();
-    let found = FOUND.get_or_init(|| {
-        let output = Command::new(script("provision"))
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .output()
-            .unwrap_or_else(|error| panic!("qemu-scripts/provision: {error}"));
-        assert!(output.status.success(), "qemu-scripts/provision failed; what it printed says why");
-        let lines = String::from_utf8(output.stdout).expect("provision prints text");
-        lines.lines().filter_map(|line| line.split_once('=')).map(|(k, v)| (k.into(), v.into())).collect()
-    });
-    found.get(what).unwrap_or_else(|| panic!("provision says nothing of {what}"))
+    found().get(what).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The guest image, made once per test program.
@@ -39,14 +32,9 @@ pub fn image() -> &'static Path {
         // Beside what it is made of. Test programs that run at the same time each have their own.
         let image = programs.join(format!("guest-{}.cpio", std::process::id()));
         super::shared::remove_at_exit(&image);
-        let status = Command::new(script("guest-image"))
-            .env("INITRAMFS", provisioned("INITRAMFS"))
-            .env("BUSYBOX", provisioned("BUSYBOX"))
-            .arg(&image)
-            .args(PROGRAMS.map(|name| programs.join(name)))
-            .status()
-            .unwrap_or_else(|error| panic!("qemu-scripts/guest-image: {error}"));
-        assert!(status.success(), "qemu-scripts/guest-image failed; what it printed says why");
+        let files = PROGRAMS.map(|name| (programs.join(name), format!("/usr/bin/{name}")));
+        let files = files.each_ref().map(|(file, place)| (file.as_path(), place.as_str()));
+        found().guest_image(&image, &files).unwrap_or_else(|error| panic!("{error}"));
         image
     })
 }

@@ -1,61 +1,49 @@
-//! One virtual machine: stock QEMU, started by `qemu-scripts/run-qemu`.
+//! One virtual machine for a test: what fails panics, with the end of the guest's console.
 
-use super::agent::{Agent, Output, Running};
-use super::image::{image, provisioned, script};
-use super::qmp::Qmp;
-use super::{frame, shared};
-use crate::daemon::end_with_this_thread;
+use super::image::{image, provisioned};
+use super::shared;
+use dmbridge_vm::{Machine, MachineOptions, Output, Running};
 use serde_json::{Value, json};
-use std::fs;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 use tempfile::TempDir;
 
-/// How long a guest may take to boot: seconds alone, more beside others on a busy machine without KVM.
-const BOOT: Duration = Duration::from_secs(180);
 /// How long a command may take unless the test says otherwise.
 pub const COMMAND: Duration = Duration::from_secs(60);
 
 /// What a VM is to be.
 #[derive(Debug, Clone)]
-pub struct VmOptions {
-    name: String,
-    sockets: Vec<PathBuf>,
-    launcher: Vec<String>,
-    qemu: Vec<String>,
-}
+pub struct VmOptions(MachineOptions);
 
 impl VmOptions {
     /// A VM without a device; the name is the guest's host name.
     pub fn new(name: &str) -> VmOptions {
-        VmOptions { name: name.into(), sockets: Vec::new(), launcher: Vec::new(), qemu: Vec::new() }
+        VmOptions(MachineOptions::new(name, image()))
     }
 
     /// With a device, served at this vhost-user socket.
-    pub fn device(mut self, socket: &Path) -> VmOptions {
-        self.sockets.push(socket.into());
-        self
+    pub fn device(self, socket: &Path) -> VmOptions {
+        VmOptions(self.0.device(socket))
     }
 
     /// An option of `qemu-scripts/run-qemu` and its value.
-    pub fn option(mut self, option: &str, value: &str) -> VmOptions {
-        self.launcher.extend([option.into(), value.into()]);
-        self
+    pub fn option(self, option: &str, value: &str) -> VmOptions {
+        VmOptions(self.0.option(option, value))
     }
 
     /// An option of QEMU and its value.
-    pub fn qemu(mut self, option: &str, value: &str) -> VmOptions {
-        self.qemu.extend([option.into(), value.into()]);
-        self
+    pub fn qemu(self, option: &str, value: &str) -> VmOptions {
+        VmOptions(self.0.qemu(option, value))
     }
 
     /// Starts it, and does not wait until it has booted. Many boot at once on a machine with many CPUs.
     pub fn start(self) -> Vm {
-        Vm::start(self)
+        let folder = tempfile::tempdir().expect("a folder for the VM");
+        shared::remove_at_exit(folder.path());
+        // Makes it now, or fails with its words rather than with those of a VM that did not start.
+        provisioned("QEMU");
+        let machine = Machine::start(self.0, folder.path()).unwrap_or_else(|error| panic!("{error}"));
+        Vm { machine, _folder: folder }
     }
 
     /// Starts it and waits until it has booted.
@@ -69,61 +57,24 @@ impl VmOptions {
 /// A virtual machine. It ends when this is dropped, or the thread that started it ends.
 #[derive(Debug)]
 pub struct Vm {
-    name: String,
-    child: Child,
-    folder: TempDir,
-    agent: Agent,
-    qmp: Qmp,
+    machine: Machine,
+    _folder: TempDir,
 }
 
 impl Vm {
-    fn start(options: VmOptions) -> Vm {
-        let VmOptions { name, sockets, launcher, qemu } = options;
-        let folder = tempfile::tempdir().expect("a folder for the VM");
-        shared::remove_at_exit(folder.path());
-        let log = fs::File::create(folder.path().join("qemu")).expect("a log file for QEMU");
-        let (agent, agents) = UnixStream::pair().expect("a pair of sockets");
-        let (monitor, monitors) = UnixStream::pair().expect("a pair of sockets");
-        let mut command = Command::new(script("run-qemu"));
-        command.args(["--name", &name]).arg("--initrd").arg(image());
-        command.arg("--append").arg("dmbridge.agent");
-        command.arg("--console").arg(folder.path().join("console"));
-        for socket in &sockets {
-            command.arg("--socket").arg(socket);
-        }
-        command.args(&launcher).arg("--");
-        for (id, socket) in [("agent", &agents), ("monitor", &monitors)] {
-            command.args(["-chardev", &format!("socket,id={id},fd={}", socket.as_raw_fd())]);
-        }
-        command.args(["-mon", "chardev=monitor,mode=control", "-device", "virtio-serial-pci"]);
-        command.args(["-device", &format!("virtserialport,chardev=agent,name={}", frame::PORT)]);
-        command.args(&qemu);
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log file for QEMU")).stderr(log);
-        end_with_this_thread(&mut command);
-        inherit(&mut command, [agents.as_raw_fd(), monitors.as_raw_fd()]);
-        // Makes it now, or fails with its words rather than with those of a VM that did not start.
-        provisioned("QEMU");
-        let child = command.spawn().unwrap_or_else(|error| panic!("qemu-scripts/run-qemu: {error}"));
-        drop((agents, monitors));
-        let log = |what| fs::read_to_string(folder.path().join(what)).unwrap_or_default();
-        let qmp = Qmp::new(monitor)
-            .unwrap_or_else(|error| panic!("VM {name}: {error}\n---- QEMU ----\n{}", log("qemu")));
-        Vm { name, child, agent: Agent::new(agent), qmp, folder }
-    }
-
     /// Waits until commands can be run.
     pub fn wait_until_booted(&self) {
-        self.expect(self.agent.wait_until_ready(Instant::now() + BOOT));
+        self.expect(self.machine.wait_until_booted());
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.name
+        self.machine.name()
     }
 
     /// QEMU's process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.machine.pid()
     }
 
     /// Runs a command to its end, however that is.
@@ -150,7 +101,7 @@ impl Vm {
 
     /// Starts a command and leaves it running.
     pub fn start_command(&self, arguments: &[&str]) -> Running {
-        self.expect(self.agent.start(arguments))
+        self.expect(self.machine.start_command(arguments))
     }
 
     /// Makes a file in the guest, which may be executed.
@@ -166,7 +117,7 @@ impl Vm {
 
     /// A command of QEMU's monitor, which has to succeed.
     pub fn monitor(&mut self, command: &str, arguments: Value) -> Value {
-        let answer = self.qmp.command(command, arguments);
+        let answer = self.machine.monitor().command(command, arguments);
         self.expect(answer)
     }
 
@@ -182,16 +133,15 @@ impl Vm {
 
     /// Presses the reset button, and waits until it has booted again.
     pub fn reset(&mut self) {
-        self.agent.guest_is_gone();
-        self.monitor("system_reset", json!({}));
-        self.wait_until_booted();
+        let booted = self.machine.reset();
+        self.expect(booted);
     }
 
     /// Unplugs the device that `run-qemu` gave for the socket with this number, and waits until the guest has let go.
     pub fn unplug(&mut self, number: usize) {
-        self.qmp.forget("DEVICE_DELETED");
+        self.machine.monitor().forget("DEVICE_DELETED");
         self.monitor("device_del", json!({ "id": format!("dmbridge{number}") }));
-        let deleted = self.qmp.event("DEVICE_DELETED");
+        let deleted = self.machine.monitor().event("DEVICE_DELETED");
         self.expect(deleted);
         self.monitor("chardev-remove", json!({ "id": format!("dmbridge-socket{number}") }));
     }
@@ -211,28 +161,12 @@ impl Vm {
 
     /// Kills QEMU, as `kill -9` does.
     pub fn kill(&mut self) {
-        self.agent.guest_is_gone();
-        self.child.kill().expect("kill");
-        self.child.wait().expect("wait");
+        self.machine.kill().expect("it runs");
     }
 
     /// What came out of the serial console, and what QEMU had to say.
     pub fn console(&self) -> String {
-        let log = |what| {
-            String::from_utf8_lossy(&fs::read(self.folder.path().join(what)).unwrap_or_default()).into_owned()
-        };
-        format!("{}{}{}", log("console"), log("qemu"), self.end().unwrap_or_default())
-    }
-
-    /// How QEMU ended, if it has.
-    fn end(&self) -> Option<String> {
-        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-        // It stays to be waited for.
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        match waitid(Id::Pid(nix::unistd::Pid::from_raw(self.child.id() as i32)), flags) {
-            Ok(WaitStatus::StillAlive) | Err(_) => None,
-            Ok(status) => Some(format!("QEMU ended: {status:?}\n")),
-        }
+        self.machine.console()
     }
 
     /// Unwraps what was done in or to the VM.
@@ -245,31 +179,6 @@ impl Vm {
     }
 
     fn fail(&self, error: &str) -> ! {
-        let console = self.console();
-        let lines: Vec<_> = console.lines().collect();
-        let last = lines[lines.len().saturating_sub(60)..].join("\n");
-        panic!("VM {}: {error}\n---- end of its console ----\n{last}\n---- ----", self.name);
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The child keeps these descriptors, under their numbers.
-fn inherit(command: &mut Command, descriptors: [RawFd; 2]) {
-    // SAFETY: between fork and exec, fcntl is one system call and touches no memory.
-    unsafe {
-        command.pre_exec(move || {
-            for descriptor in descriptors {
-                if libc::fcntl(descriptor, libc::F_SETFD, 0) != 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
+        panic!("{}", self.machine.explain(error))
     }
 }

@@ -1,4 +1,5 @@
-//! Commands in a guest, as the host sees them. The guest's end is the program `dmbridge-guest-agent`.
+//! Commands in a guest, as the host sees them. The guest's end is
+//! [`guest_agent`](super::guest_agent).
 
 use super::frame::{self, Frame, Kind};
 use std::collections::HashMap;
@@ -216,7 +217,12 @@ pub struct Running {
 impl Running {
     /// Writes to its standard input.
     pub fn write(&self, bytes: &[u8]) -> Result<(), String> {
-        bytes.chunks(frame::MAX_CONTENT).try_for_each(|chunk| self.agent.send(Kind::Input, self.id, chunk))
+        self.input().write(bytes)
+    }
+
+    /// Its standard input, for another thread than the one that reads its output.
+    pub fn input(&self) -> Input {
+        Input { agent: self.agent.clone(), id: self.id }
     }
 
     /// Ends its standard input.
@@ -287,6 +293,20 @@ impl Running {
             }
         }
         text
+    }
+}
+
+/// The standard input of a command that runs in a guest, or did.
+#[derive(Debug, Clone)]
+pub struct Input {
+    agent: Agent,
+    id: u32,
+}
+
+impl Input {
+    /// Writes to it. What a command does not read any more is lost.
+    pub fn write(&self, bytes: &[u8]) -> Result<(), String> {
+        bytes.chunks(frame::MAX_CONTENT).try_for_each(|chunk| self.agent.send(Kind::Input, self.id, chunk))
     }
 }
 
