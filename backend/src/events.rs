@@ -38,7 +38,8 @@ impl Subject {
             Event::DeviceGone { gid, .. } => Subject::Gone(*gid),
             Event::ExtentAdded(e) => Subject::Added(e.extent),
             Event::ExtentRemoved(e) => Subject::Removed(e.extent),
-            Event::Software { .. } => return None,
+            // As many as the device has posted keys.
+            Event::Software { .. } | Event::Rendezvous { .. } => return None,
         })
     }
 }

@@ -256,6 +256,7 @@ impl Session {
             map: features.contains(Features::MAP) && self.can_map() && self.channel.is_some(),
             ram: features.contains(Features::RAM_DMB),
             futex: features.contains(Features::FUTEX),
+            rendezvous: features.contains(Features::RENDEZVOUS),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::GRANULE;
 use crate::ids::{Gid, Token};
+use crate::rendezvous::{Cancel, CancelWire, Met, MetWire, Rendezvous, RendezvousWire};
 use crate::status::Status;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -114,6 +115,10 @@ pub enum Request<'a> {
     Detach(Token),
     /// Tell another driver something.
     SignalEvent(SignalEvent),
+    /// Meet the other driver that has a key.
+    Rendezvous(Rendezvous),
+    /// Take a key back.
+    CancelRendezvous(Cancel),
 }
 
 /// Which command it is: class and command number.
@@ -131,6 +136,10 @@ pub enum Command {
     Detach,
     /// Class 2, command 0.
     SignalEvent,
+    /// Class 0, command 1.
+    Rendezvous,
+    /// Class 0, command 2.
+    CancelRendezvous,
 }
 
 impl Command {
@@ -143,6 +152,8 @@ impl Command {
             (1, 2) => Command::Attach,
             (1, 3) => Command::Detach,
             (2, 0) => Command::SignalEvent,
+            (0, 1) => Command::Rendezvous,
+            (0, 2) => Command::CancelRendezvous,
             _ => return None,
         })
     }
@@ -156,6 +167,8 @@ impl Command {
             Command::Attach => (1, 2),
             Command::Detach => (1, 3),
             Command::SignalEvent => (2, 0),
+            Command::Rendezvous => (0, 1),
+            Command::CancelRendezvous => (0, 2),
         }
     }
 
@@ -177,7 +190,8 @@ impl Command {
             Command::QueryGid => size_of::<QueryReplyWire>(),
             Command::Register => size_of::<RegisterReplyWire>(),
             Command::Attach => size_of::<AttachReplyWire>(),
-            Command::Unregister | Command::Detach | Command::SignalEvent => 0,
+            Command::Rendezvous => size_of::<MetWire>(),
+            Command::Unregister | Command::Detach | Command::SignalEvent | Command::CancelRendezvous => 0,
         }
     }
 
@@ -188,6 +202,8 @@ impl Command {
             Command::Register => size_of::<RegisterWire>(),
             Command::Unregister | Command::Attach | Command::Detach => 8,
             Command::SignalEvent => size_of::<SignalEventWire>(),
+            Command::Rendezvous => size_of::<RendezvousWire>(),
+            Command::CancelRendezvous => size_of::<CancelWire>(),
         }
     }
 }
@@ -266,6 +282,8 @@ impl<'a> Request<'a> {
             Command::Unregister => Request::Unregister(token()?),
             Command::Attach => Request::Attach(token()?),
             Command::Detach => Request::Detach(token()?),
+            Command::Rendezvous => Request::Rendezvous(Rendezvous::parse(rest)?),
+            Command::CancelRendezvous => Request::CancelRendezvous(Cancel::parse(rest)?),
             Command::SignalEvent => {
                 let (w, _) = body::<SignalEventWire>(rest)?;
                 Request::SignalEvent(SignalEvent {
@@ -286,6 +304,8 @@ impl<'a> Request<'a> {
             Request::Attach(_) => Command::Attach,
             Request::Detach(_) => Command::Detach,
             Request::SignalEvent(_) => Command::SignalEvent,
+            Request::Rendezvous(_) => Command::Rendezvous,
+            Request::CancelRendezvous(_) => Command::CancelRendezvous,
         }
     }
 
@@ -304,6 +324,8 @@ impl<'a> Request<'a> {
                 info: e.info.into(),
             }
             .as_bytes()),
+            Request::Rendezvous(r) => put(r.to_wire().as_bytes()),
+            Request::CancelRendezvous(c) => put(c.to_wire().as_bytes()),
             Request::Register(r) => r.emit(put),
         }
     }
@@ -414,6 +436,8 @@ pub enum Reply {
     Register(RegisterReply),
     /// To `ATTACH`.
     Attach(AttachReply),
+    /// To `RENDEZVOUS`.
+    Rendezvous(Met),
     /// To every other command.
     Done,
 }
@@ -464,6 +488,7 @@ impl From<Result<Reply, Status>> for Response {
                 reserved: 0.into(),
             }
             .as_bytes()),
+            Ok(Reply::Rendezvous(met)) => put(met.to_wire().as_bytes()),
             Ok(Reply::Done) | Err(_) => {}
         }
         Response { bytes, len }
@@ -516,7 +541,10 @@ impl Reply {
                     flags: PairFlags::from_bits_truncate(w.flags.get()),
                 })
             }
-            Command::Unregister | Command::Detach | Command::SignalEvent => Reply::Done,
+            Command::Rendezvous => Reply::Rendezvous(Met::parse(rest).ok_or(short)?),
+            Command::Unregister | Command::Detach | Command::SignalEvent | Command::CancelRendezvous => {
+                Reply::Done
+            }
         }))
     }
 }
@@ -561,6 +589,8 @@ mod tests {
             Request::Attach(token),
             Request::Detach(token),
             Request::SignalEvent(SignalEvent { rgid: gid, code: 7, info: u64::MAX }),
+            Request::Rendezvous(Rendezvous { key: [1; 32], tag: 7, payload: [2; 32] }),
+            Request::CancelRendezvous(Cancel { key: [3; 32], tag: 9 }),
         ] {
             let bytes = bytes(&request);
             assert_eq!(bytes.len(), HEADER_SIZE + request.command().body_size());
@@ -573,7 +603,7 @@ mod tests {
 
     #[test]
     fn an_unknown_command_is_not_supported() {
-        for (class, command) in [(0, 1), (1, 4), (2, 1), (3, 0), (255, 255)] {
+        for (class, command) in [(0, 3), (1, 4), (2, 1), (3, 0), (255, 255)] {
             assert_eq!(Request::parse(&[class, command, 0, 0, 0, 0, 0, 0], 0), Err(Status::NotSupported));
         }
     }
@@ -632,6 +662,7 @@ mod tests {
             (Command::QueryGid, Reply::QueryGid(flags)),
             (Command::Register, Reply::Register(register)),
             (Command::Attach, Reply::Attach(attach)),
+            (Command::Rendezvous, Reply::Rendezvous(Met { gid, payload: [5; 32] })),
             (Command::Detach, Reply::Done),
         ] {
             let response = Response::from(Ok(reply));

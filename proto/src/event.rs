@@ -1,6 +1,7 @@
 //! Events (`docs/device.md`, 7).
 
 use crate::ids::{ExtentId, Gid, Token};
+use crate::rendezvous::Payload;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -55,6 +56,15 @@ pub enum Event {
     ExtentAdded(ExtentInfo),
     /// An extent left the window.
     ExtentRemoved(ExtentInfo),
+    /// Another device came with a key of this one.
+    Rendezvous {
+        /// The other device.
+        gid: Gid,
+        /// The number that this driver gave the key.
+        tag: u32,
+        /// What the other had to say.
+        payload: Payload,
+    },
 }
 
 /// Why a device is gone.
@@ -121,6 +131,7 @@ const DEVICE_GONE: u16 = 4;
 const SOFTWARE: u16 = 5;
 const EXTENT_ADDED: u16 = 6;
 const EXTENT_REMOVED: u16 = 7;
+const RENDEZVOUS: u16 = 8;
 
 impl Event {
     /// The event as the device writes it.
@@ -157,6 +168,12 @@ impl Event {
             }
             Event::ExtentAdded(e) => e.emit(EXTENT_ADDED, &mut w),
             Event::ExtentRemoved(e) => e.emit(EXTENT_REMOVED, &mut w),
+            Event::Rendezvous { gid, tag, payload } => {
+                w.kind = RENDEZVOUS.into();
+                w.index = tag.into();
+                w.gid = gid.to_bytes();
+                [w.token, w.info, w.offset, w.size] = zerocopy::transmute!(payload);
+            }
         }
         zerocopy::transmute!(w)
     }
@@ -183,6 +200,10 @@ impl Event {
             SOFTWARE => Event::Software { gid, code: index, info: w.info.get() },
             EXTENT_ADDED => Event::ExtentAdded(ExtentInfo::parse(&w)?),
             EXTENT_REMOVED => Event::ExtentRemoved(ExtentInfo::parse(&w)?),
+            RENDEZVOUS => {
+                let payload = zerocopy::transmute!([w.token, w.info, w.offset, w.size]);
+                Event::Rendezvous { gid, tag: index, payload }
+            }
             unknown => return Err(EventError::Unknown(unknown)),
         })
     }
@@ -249,6 +270,7 @@ mod tests {
             Event::Software { gid, code: 0xffff_fffe, info: u64::MAX },
             Event::ExtentAdded(extent),
             Event::ExtentRemoved(ExtentInfo { owned: true, ..extent }),
+            Event::Rendezvous { gid, tag: 5, payload: core::array::from_fn(|i| i as u8) },
         ] {
             assert_eq!(Event::parse(&event.to_bytes()), Ok(event));
         }

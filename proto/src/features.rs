@@ -10,6 +10,8 @@ bitflags::bitflags! {
         const RAM_DMB = 1 << 1;
         /// `DMBRIDGE_F_FUTEX`: the driver is a process of the device's host kernel.
         const FUTEX = 1 << 2;
+        /// `DMBRIDGE_F_RENDEZVOUS`: drivers meet by a key.
+        const RENDEZVOUS = 1 << 3;
         /// `VIRTIO_F_INDIRECT_DESC`.
         const RING_INDIRECT_DESC = 1 << 28;
         /// `VIRTIO_F_EVENT_IDX`.

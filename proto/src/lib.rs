@@ -30,6 +30,7 @@ pub mod features;
 pub mod ids;
 pub mod line;
 pub mod moves;
+pub mod rendezvous;
 pub mod shm;
 pub mod smc;
 pub mod status;

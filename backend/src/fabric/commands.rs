@@ -41,6 +41,8 @@ impl Fabric {
             }
             Request::Detach(token) => Some(self.detach(id, *token).map(|()| Reply::Done)),
             Request::SignalEvent(event) => Some(self.signal_event(id, event).map(|()| Reply::Done)),
+            Request::Rendezvous(request) => Some(self.rendezvous(id, request).map(Reply::Rendezvous)),
+            Request::CancelRendezvous(key) => Some(self.cancel_rendezvous(id, key).map(|()| Reply::Done)),
         }
     }
 

@@ -34,6 +34,8 @@ pub struct Capabilities {
     pub ram: bool,
     /// The driver can wait on and wake a futex.
     pub futex: bool,
+    /// The driver meets others by keys.
+    pub rendezvous: bool,
 }
 
 /// What a device brings along when it is started.
@@ -188,6 +190,8 @@ pub(super) struct State {
     pub past_signals: LineStats,
     /// The extent that its control queue waits for.
     pub waiting_for: Option<ExtentId>,
+    /// Its keys that wait for another device.
+    pub keys: u32,
 }
 
 impl State {
@@ -210,6 +214,7 @@ impl State {
             attached: HashSet::new(),
             past_signals: LineStats::default(),
             waiting_for: None,
+            keys: 0,
         }
     }
 

@@ -7,6 +7,7 @@
 mod commands;
 mod device;
 mod extents;
+mod rendezvous;
 #[cfg(test)]
 mod tests;
 
@@ -87,6 +88,7 @@ pub struct Fabric {
     by_gid: HashMap<Gid, DeviceId>,
     extents: HashMap<ExtentId, Extent>,
     dmbs: HashMap<Token, Dmb>,
+    keys: rendezvous::Keys,
     next_device: u64,
     next_ram_token: u64,
     effects: Vec<Effect>,
@@ -102,6 +104,7 @@ impl Fabric {
             by_gid: HashMap::new(),
             extents: HashMap::new(),
             dmbs: HashMap::new(),
+            keys: rendezvous::Keys::default(),
             next_device: 0,
             next_ram_token: 0,
             effects: Vec::new(),
@@ -166,6 +169,7 @@ impl Fabric {
         if self.by_gid.get(&gid) == Some(&id) {
             self.by_gid.remove(&gid);
         }
+        self.forget_keys(id, state.keys);
         let mut told: HashSet<DeviceId> = HashSet::new();
         for token in std::mem::take(&mut state.dmbs) {
             if let Some(dmb) = self.dmbs.get(&token) {

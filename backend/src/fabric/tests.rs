@@ -16,7 +16,7 @@ use std::fs::File;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
-const ABLE: Capabilities = Capabilities { map: true, ram: true, futex: false };
+const ABLE: Capabilities = Capabilities { map: true, ram: true, futex: false, rendezvous: true };
 
 /// A fabric whose front-ends answer when the test says so.
 struct World {
@@ -520,4 +520,45 @@ fn a_device_may_be_its_own_peer() {
     assert_eq!(world.fabric.usage(device).unwrap().extents, 1);
     world.fabric.leave(device, GoneReason::Left);
     world.assert_empty();
+}
+
+#[test]
+fn two_devices_that_know_a_key_meet_and_a_third_waits_for_a_fourth() {
+    use dmbridge_proto::rendezvous::{Cancel, MAX_RENDEZVOUS, Met, Rendezvous};
+    let mut world = World::new();
+    let (a, b, c) = (world.join(ABLE), world.join(ABLE), world.join(ABLE));
+    let stranger = world.join_with("b", ABLE, Limits::default());
+    let deaf = world.join(Capabilities { rendezvous: false, ..ABLE });
+    let post = |tag, says: u8| Request::Rendezvous(Rendezvous { key: [7; 32], tag, payload: [says; 32] });
+    let nobody = Ok(Reply::Rendezvous(Met::NOBODY));
+    assert_eq!(world.command(deaf, &post(1, 1)), Err(Status::NotSupported));
+    assert_eq!(world.command(a, &post(1, 1)), nobody);
+    assert_eq!(world.command(a, &post(1, 1)), Err(Status::Already));
+    assert_eq!(world.command(stranger, &post(1, 9)), nobody, "another group, another key");
+    let met = Met { gid: world.gid(a), payload: [1; 32] };
+    assert_eq!(world.command(b, &post(2, 2)), Ok(Reply::Rendezvous(met)));
+    assert_eq!(world.events(a), [Event::Rendezvous { gid: world.gid(b), tag: 1, payload: [2; 32] }]);
+    assert_eq!(world.events(b), []);
+    // The key is free again.
+    assert_eq!(world.command(c, &post(3, 3)), nobody);
+    let cancel = |tag| Request::CancelRendezvous(Cancel { key: [7; 32], tag });
+    assert_eq!(world.command(a, &cancel(1)), Err(Status::NoEntry));
+    assert_eq!(world.command(c, &cancel(4)), Err(Status::NoEntry));
+    assert_eq!(world.command(c, &cancel(3)), Ok(Reply::Done));
+    // A device may be both ends.
+    assert_eq!(world.command(c, &post(3, 3)), nobody);
+    let met = Met { gid: world.gid(c), payload: [3; 32] };
+    assert_eq!(world.command(c, &post(4, 4)), Ok(Reply::Rendezvous(met)));
+    // Keys are bounded, and go with their device.
+    let many = |i: u32| Rendezvous {
+        key: [(i >> 8) as u8, i as u8].repeat(16).try_into().unwrap(),
+        tag: i,
+        payload: [0; 32],
+    };
+    for i in 0..MAX_RENDEZVOUS {
+        assert_eq!(world.command(b, &Request::Rendezvous(many(i))), nobody);
+    }
+    assert_eq!(world.command(b, &Request::Rendezvous(many(MAX_RENDEZVOUS))), Err(Status::Quota));
+    world.fabric.leave(b, GoneReason::Left);
+    assert_eq!(world.command(a, &Request::Rendezvous(many(0))), nobody);
 }

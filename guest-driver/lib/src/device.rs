@@ -14,6 +14,7 @@ use crate::proto::control::{
 use crate::proto::features::Features;
 use crate::proto::ids::{Gid, Token};
 use crate::proto::moves::{MoveFlags, MoveHeader};
+use crate::proto::rendezvous::{Cancel, Met, Rendezvous};
 use crate::proto::shm::CopyPlan;
 use crate::proto::status::Status;
 use crate::proto::{self, CONTROL_QUEUE, EVENT_QUEUE, FIRST_MOVE_QUEUE};
@@ -294,6 +295,38 @@ impl Device {
     /// already.
     pub fn signal_event(&self, rgid: Gid, code: u32, info: u64) -> Result<(), Error> {
         self.core.command(&Request::SignalEvent(SignalEvent { rgid, code, info })).map(|_| ())
+    }
+
+    /// Meets the other device of the group that has `key`: by the answer, its GID and what it had to say, if it was there
+    /// first, else by [`Event::Rendezvous`] with `tag` when it comes. A key joins two; then it is free again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`]: `NotSupported` if the device knows no keys, `Already` if this one waits, `Quota` if too many do.
+    pub fn rendezvous(
+        &self,
+        key: [u8; 32],
+        tag: u32,
+        payload: [u8; 32],
+    ) -> Result<Option<(Gid, [u8; 32])>, Error> {
+        match self.core.command(&Request::Rendezvous(Rendezvous { key, tag, payload }))? {
+            Reply::Rendezvous(Met::NOBODY) => Ok(None),
+            Reply::Rendezvous(Met { gid, payload }) => Ok(Some((gid, payload))),
+            _ => Err(WRONG_REPLY),
+        }
+    }
+
+    /// Takes a key back. False if it is not there: then the event is on its way, or was there.
+    ///
+    /// # Errors
+    ///
+    /// If the device cannot be asked.
+    pub fn cancel_rendezvous(&self, key: [u8; 32], tag: u32) -> Result<bool, Error> {
+        match self.core.command(&Request::CancelRendezvous(Cancel { key, tag })) {
+            Ok(_) => Ok(true),
+            Err(Error::Refused { status: Status::NoEntry, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// The events for this program, from the time of connecting on.
@@ -634,6 +667,7 @@ impl Core {
                 Event::DeviceGone { gid, reason }
             }
             Wire::Software { gid, code, info } => Event::Software { from: gid, code, info },
+            Wire::Rendezvous { gid, tag, payload } => Event::Rendezvous { gid, tag, payload },
             // The window knows what is mapped.
             Wire::ExtentAdded(_) | Wire::ExtentRemoved(_) => return,
         };

@@ -103,6 +103,15 @@ pub enum Event {
         /// Why.
         reason: GoneReason,
     },
+    /// Another device came with a key that this one had [posted](crate::Device::rendezvous).
+    Rendezvous {
+        /// The other device.
+        gid: Gid,
+        /// The number that this program gave the key.
+        tag: u32,
+        /// What the other had to say.
+        payload: [u8; 32],
+    },
     /// Somebody called [`Device::signal_event`](crate::Device::signal_event).
     Software {
         /// The sender.
@@ -122,6 +131,7 @@ impl Event {
             Event::DmbDetached { peer, .. } => peer,
             Event::DeviceGone { gid, .. } => gid,
             Event::Software { from, .. } => from,
+            Event::Rendezvous { gid, .. } => gid,
         }
     }
 }

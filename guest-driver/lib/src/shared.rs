@@ -102,8 +102,10 @@ impl SharedMemory {
         Ok(SharedMemory { ptr, len, plan: self.plan, fills: self.fills.clone(), _keep: self._keep.clone() })
     }
 
+    /// Where it lies in this process, for who takes the care of it from the type system: the peer may change it at any
+    /// time, so no Rust reference to plain data in it may exist.
     #[inline]
-    pub(crate) fn as_ptr(&self) -> *mut u8 {
+    pub fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }
 

@@ -4,13 +4,15 @@
 use dmbridge_proto::control::{Command, HEADER_SIZE, Home, Reply, Request, Response};
 use libfuzzer_sys::fuzz_target;
 
-const COMMANDS: [Command; 6] = [
+const COMMANDS: [Command; 8] = [
     Command::QueryGid,
     Command::Register,
     Command::Unregister,
     Command::Attach,
     Command::Detach,
     Command::SignalEvent,
+    Command::Rendezvous,
+    Command::CancelRendezvous,
 ];
 
 fuzz_target!(|input: (u8, &[u8])| {

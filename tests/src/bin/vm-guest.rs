@@ -245,6 +245,7 @@ fn describe(event: &Event) -> Value {
         Event::DeviceGone { gid, reason } => {
             json!({ "event": "gone", "gid": text(gid), "reason": format!("{reason:?}") })
         }
+        Event::Rendezvous { gid, tag, .. } => json!({ "event": "rendezvous", "gid": text(gid), "tag": tag }),
         Event::Software { from, code, info } => {
             json!({ "event": "software", "gid": text(from), "code": code, "info": info })
         }
