@@ -16,8 +16,10 @@
 //! | [`mod@line`] | control line: the signal protocol | 8, 9 |
 //! | [`moves`] | moves | 10 |
 //! | [`shm`] | copying into memory that somebody else reads at the same time | 10 |
-//! | [`smc`] | SMC-D's CDC message and cursors | |
+//! | [`smc`] | SMC-D: handshake, cursors, states | |
 #![no_std]
+
+extern crate alloc;
 
 #[cfg(test)]
 extern crate std;
@@ -34,6 +36,7 @@ pub mod rendezvous;
 pub mod shm;
 pub mod smc;
 pub mod status;
+mod sync;
 
 /// Queue index of the control queue.
 pub const CONTROL_QUEUE: u16 = 0;

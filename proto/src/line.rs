@@ -3,7 +3,7 @@
 //! The fences of the protocol are in here, so that no caller can forget one. Everything in a control line may be
 //! changed by the other guest at any time: every method reads what it needs once.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, full_fence};
 
 /// A control line as it lies in an extent or in the owner's RAM.
 #[derive(Debug, Default)]
@@ -19,6 +19,7 @@ pub struct ControlLine {
     reserved: [AtomicU64; 2],
 }
 
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<ControlLine>() as u64 == crate::extent::LINE_SIZE);
 
 /// How a sleeping owner wants to be woken.
@@ -100,7 +101,7 @@ impl ControlLine {
     /// here anyway.
     #[inline]
     fn prefetch(&self) {
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        #[cfg(all(target_arch = "x86_64", not(miri), not(loom)))]
         // SAFETY: a prefetch accesses nothing, and where it is not known it does nothing.
         unsafe {
             core::arch::asm!("prefetchw [{}]", in(reg) self, options(nostack, preserves_flags, readonly));
@@ -155,23 +156,7 @@ impl ControlLine {
     }
 }
 
-/// Orders every earlier store before every later load, as `smp_mb()` does: a locked instruction on the stack, which
-/// costs less than the `mfence` that the compiler would choose.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-#[inline]
-fn full_fence() {
-    // SAFETY: it ORs 0 into the word at the top of the stack, which is mapped; it changes nothing but the flags.
-    unsafe { core::arch::asm!("lock or dword ptr [rsp], 0", options(nostack)) }
-}
-
-/// Orders every earlier store before every later load.
-#[cfg(not(all(target_arch = "x86_64", not(miri))))]
-#[inline]
-fn full_fence() {
-    core::sync::atomic::fence(Ordering::SeqCst);
-}
-
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -91,10 +91,22 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
             .env("DMBRIDGE", binaries.join("dmbridge")),
     )?;
     if filter.is_empty() {
+        loom()?;
         fuzz(fuzz_seconds)?;
     }
     println!("\nAll tests passed.");
     Ok(())
+}
+
+/// Tries every order in which two processors may see each other's stores. Loom's words are not the real ones, so this is
+/// a build of its own.
+fn loom() -> Result<()> {
+    Step::new("Trying every order of the words that two guests share").run(
+        cargo()
+            .args(["test", "--release", "--package", "dmbridge-proto", "--test", "loom"])
+            .env("RUSTFLAGS", "--cfg loom")
+            .env("CARGO_TARGET_DIR", run::target_directory()?.join("loom")),
+    )
 }
 
 /// Builds the fuzz targets with coverage, and runs each for a while from its corpus.

@@ -5,15 +5,17 @@
 //! | 0 | 1 | type, 0xFE |
 //! | 1 | 7 | reserved |
 //! | 8 | 8 | the peer's producer cursor: how far it has written into this DMB |
-//! | 16 | 8 | the peer's consumer cursor: how far it has read from its own DMB |
+//! | 16 | 8 | the peer's consumer cursor: how far it has read from its own DMB; and its flags, both kinds |
 //! | 24 | 8 | reserved |
 //! | 32 | | the ring |
 //!
 //! A cursor is one 64-bit word in the host's byte order: wrap (16 bits), count (32), producer flags (8), connection
-//! state flags (8). Only the peer writes the message, each word by one store, after the data that it announces.
+//! state flags (8). Linux sets and reads the flags in the consumer cursor's word only (`smcd_cdc_msg_send`,
+//! `smcd_cdc_msg_to_host`), whatever the producer's word says. Only the peer writes the message, each word by one store, after
+//! the data that it announces: so a reader looks at the flags first, and a flag that says "this was all" comes after all.
 
 use super::cursor::Cursor;
-use core::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering};
 
 /// Size of the message: the ring starts behind it.
 pub const CDC_SIZE: usize = 32;
@@ -55,9 +57,9 @@ bitflags::bitflags! {
 pub struct CursorWord {
     /// The position.
     pub cursor: Cursor,
-    /// Meaningful in the producer's word.
+    /// Meaningful in the consumer's word.
     pub producer: ProducerFlags,
-    /// Meaningful in the producer's word.
+    /// Meaningful in the consumer's word.
     pub state: StateFlags,
 }
 
@@ -92,6 +94,7 @@ pub struct CdcMessage {
     reserved: AtomicU64,
 }
 
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<CdcMessage>() == CDC_SIZE);
 
 impl CdcMessage {
@@ -106,6 +109,13 @@ impl CdcMessage {
         unsafe { &*ptr.cast::<CdcMessage>() }
     }
 
+    /// Owner, before a new peer is told of the DMB: nothing was written or read.
+    pub fn clear(&self) {
+        for word in [&self.kind, &self.prod, &self.cons, &self.reserved] {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Writer, once: marks the message as one.
     pub fn init(&self) {
         self.kind.store(u64::from_ne_bytes([CDC_TYPE, 0, 0, 0, 0, 0, 0, 0]), Ordering::Relaxed);
@@ -117,7 +127,7 @@ impl CdcMessage {
         self.prod.store(word.to_bits(), Ordering::Release);
     }
 
-    /// Writer: what it has read from its own DMB; the room may be written again.
+    /// Writer: what it has read from its own DMB, so that the room may be written again; and its flags.
     #[inline]
     pub fn store_cons(&self, word: CursorWord) {
         self.cons.store(word.to_bits(), Ordering::Release);
@@ -136,7 +146,7 @@ impl CdcMessage {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -146,15 +156,18 @@ mod tests {
         cdc.init();
         cdc.store_prod(CursorWord {
             cursor: Cursor { wrap: 0x0102, count: 0x0304_0506 },
+            ..CursorWord::default()
+        });
+        cdc.store_cons(CursorWord {
+            cursor: Cursor { wrap: 1, count: 2 },
             producer: ProducerFlags::WRITE_BLOCKED,
             state: StateFlags::PEER_DONE_WRITING | StateFlags::PEER_CONN_CLOSED,
         });
-        cdc.store_cons(CursorWord { cursor: Cursor { wrap: 1, count: 2 }, ..Default::default() });
         // SAFETY: CdcMessage is 32 bytes of integers.
         let bytes: [u8; 32] = unsafe { core::mem::transmute(cdc) };
         assert_eq!(
             bytes,
-            *b"\xfe\0\0\0\0\0\0\0\x02\x01\x06\x05\x04\x03\x80\xc0\x01\0\x02\0\0\0\0\0\0\0\0\0\0\0\0\0"
+            *b"\xfe\0\0\0\0\0\0\0\x02\x01\x06\x05\x04\x03\0\0\x01\0\x02\0\0\0\x80\xc0\0\0\0\0\0\0\0\0"
         );
     }
 
