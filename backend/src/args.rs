@@ -3,6 +3,7 @@
 use crate::config_file::{self, FileError};
 use crate::size::Size;
 use clap::Parser;
+use dmbridged::engine::table::{Kind, Rule};
 use dmbridged::hub::HubSettings;
 use dmbridged::placement::NumaSettings;
 use dmbridged::settings::{DEFAULT_GROUP, DeviceSettings, Endpoint, Limits, Settings, SettingsError};
@@ -53,6 +54,10 @@ pub struct Args {
     #[arg(long, value_name = "NUMBER")]
     movers: Option<usize>,
 
+    /// Copy with this engine only: cpu, cpu-node or dsa [default: the fastest one, by size and NUMA nodes]
+    #[arg(long, value_name = "ENGINE")]
+    engine: Option<Kind>,
+
     /// Window of every device [default: 1G]
     #[arg(long, value_name = "SIZE")]
     window_size: Option<Size>,
@@ -98,11 +103,14 @@ impl Args {
     pub fn settings(self) -> Result<Settings, UsageError> {
         let mut settings = match &self.config {
             Some(path) => config_file::read(path)?,
-            None => Settings::default(),
+            None => config_file::defaults(),
         };
         settings.movers = self.movers.unwrap_or(settings.movers);
         settings.pool.max_bytes = self.pool_size.map_or(settings.pool.max_bytes, |size| size.0);
         settings.pool.huge_pages = self.huge_pages.map_or(settings.pool.huge_pages, |size| Some(size.0));
+        if let Some(kind) = self.engine {
+            settings.engines.rules = vec![Rule { at_least: 0, kind }];
+        }
         settings.control = self.control.or(settings.control);
         if let Some(socket) = self.hub {
             settings.hub = match settings.hub {

@@ -4,6 +4,8 @@
 
 use crate::size::Size;
 use dmbridge_proto::ids::Gid;
+use dmbridged::engine::set::EngineSettings;
+use dmbridged::engine::{cache, table};
 use dmbridged::hub::{HubRule, HubSettings, Verdict};
 use dmbridged::placement::{NumaSettings, Placement};
 use dmbridged::settings::{
@@ -48,6 +50,12 @@ pub fn read(path: &Path) -> Result<Settings, FileError> {
     })
 }
 
+/// The settings without a file: as in [`Settings::default`], and what was measured is kept.
+pub fn defaults() -> Settings {
+    let engines = EngineSettings { cache: cache::default_path(), ..EngineSettings::default() };
+    Settings { engines, ..Settings::default() }
+}
+
 /// Something wrong at a byte of the text.
 #[derive(Debug)]
 struct Wrong {
@@ -70,6 +78,8 @@ struct File {
     daemon: Daemon,
     #[serde(default)]
     pool: Pool,
+    #[serde(default)]
+    engines: Engines,
     #[serde(default)]
     limits: LimitsTable,
     #[serde(default)]
@@ -97,6 +107,22 @@ struct Pool {
     max_bytes: Option<Spanned<Size>>,
     huge_pages: Option<Spanned<Size>>,
     placement: Option<Spanned<toml::Value>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Engines {
+    workers: Option<Spanned<usize>>,
+    cache: Option<PathBuf>,
+    #[serde(default)]
+    rule: Vec<EngineRule>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EngineRule {
+    at_least: Option<Size>,
+    engine: Spanned<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -159,6 +185,7 @@ fn parse(text: &str) -> Result<Settings, Wrong> {
         pool: file.pool.settings()?,
         movers: file.daemon.movers.unwrap_or(1),
         control: file.daemon.control,
+        engines: file.engines.settings()?,
         ..Settings::default()
     };
     if let Some(id) = file.fabric.id {
@@ -239,6 +266,23 @@ impl Pool {
         let at = |key| if key == "huge_pages" { &self.huge_pages } else { &self.max_bytes };
         pool.check().map_err(|e| Wrong::new(at(e.key()).as_ref().map_or(0..0, Spanned::span), e))?;
         Ok(pool)
+    }
+}
+
+impl Engines {
+    fn settings(self) -> Result<EngineSettings, Wrong> {
+        let mut engines = defaults().engines;
+        engines.workers = self.workers.map(Spanned::into_inner);
+        if let Some(path) = self.cache {
+            engines.cache = Some(path).filter(|path| !path.as_os_str().is_empty());
+        }
+        for EngineRule { at_least, engine } in self.rule {
+            let at_least = at_least.map_or(0, |size| size.0);
+            let kind =
+                engine.get_ref().parse().map_err(|e| Wrong::new(engine.span(), format!("engine = {e}")))?;
+            engines.rules.push(table::Rule { at_least, kind });
+        }
+        Ok(engines)
     }
 }
 
@@ -450,6 +494,10 @@ mod tests {
             (
                 "[pool]\nplacement = \"near\"",
                 "line 2: placement = \"near\" is not possible; choose \"receiver\", \"sender\", \"interleave\", or the number of a node",
+            ),
+            (
+                "[[engines.rule]]\nengine = \"fast\"",
+                "line 2: engine = \"fast\" is not an engine; choose cpu, cpu-node or dsa",
             ),
             ("[pool\n", "line 1: unclosed table, expected `]`"),
             (

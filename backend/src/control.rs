@@ -7,6 +7,7 @@
 
 use crate::core::{Arrived, Core, Identity, Source, Work};
 use crate::doorbell::{Doorbell, Inbox, Message};
+use crate::engine::set::EngineSet;
 use crate::fabric::Fabric;
 use crate::gate::{self, Arrival};
 use crate::handler::Handler;
@@ -47,6 +48,8 @@ pub struct Setup {
     pub fabric: Fabric,
     /// The threads that move.
     pub movers: Vec<Mover>,
+    /// What they copy with.
+    pub engines: EngineSet,
     /// The configured devices, with their listening sockets or connections.
     pub devices: Vec<(DeviceSettings, Entrance)>,
     /// The hub.
@@ -69,8 +72,8 @@ pub enum Entrance {
 impl Control {
     /// Puts everything together and watches everything.
     pub fn new(setup: Setup) -> io::Result<Control> {
-        let Setup { identity, fabric, movers, devices, hub, doorbell, inbox } = setup;
-        let mut core = Core::new(identity, fabric, movers, doorbell, inbox.as_raw_fd())?;
+        let Setup { identity, fabric, movers, engines, devices, hub, doorbell, inbox } = setup;
+        let mut core = Core::new(identity, fabric, movers, engines, doorbell, inbox.as_raw_fd())?;
         core.reserve_gids(devices.iter().filter_map(|(device, _)| device.gid));
         let mut arrived = Vec::new();
         for (device, entrance) in devices {

@@ -43,14 +43,19 @@ fn router<R>(report: R) -> Router
 where
     R: Fn() -> Option<Report> + Clone + Send + Sync + 'static,
 {
-    let (all, devices, device, health) = (report.clone(), report.clone(), report.clone(), report);
+    let (all, devices, device, engines, health) =
+        (report.clone(), report.clone(), report.clone(), report.clone(), report);
     Router::new()
         .route("/v1/report", get(async move || answer(all(), |report| report)))
         .route("/v1/devices", get(async move || answer(devices(), |report| report.devices)))
         .route("/v1/devices/{gid}", get(async move |Path(gid): Path<String>| one_device(device(), &gid)))
+        .route("/v1/engines", get(async move || answer(engines(), |report| report.engines)))
         .route("/v1/health", get(async move || answer(health(), |_| json!({ "status": "ok" }))))
         .fallback(async || {
-            error(StatusCode::NOT_FOUND, "no such resource; see /v1/report, /v1/devices, /v1/health")
+            error(
+                StatusCode::NOT_FOUND,
+                "no such resource; see /v1/report, /v1/devices, /v1/engines, /v1/health",
+            )
         })
         .method_not_allowed_fallback(async || {
             error(StatusCode::METHOD_NOT_ALLOWED, "only GET is possible here")
@@ -86,7 +91,7 @@ fn error(status: StatusCode, text: &str) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dmbridged::report::{DeviceReport, PoolReport, TopologyReport};
+    use dmbridged::report::{DeviceReport, EnginesReport, PoolReport, TopologyReport};
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -103,6 +108,7 @@ mod tests {
             devices: vec![device],
             topology: TopologyReport::default(),
             extents: Vec::new(),
+            engines: EnginesReport::default(),
         }
     }
 
@@ -128,6 +134,7 @@ mod tests {
         assert_eq!(serde_json::from_value::<Report>(ok("/v1/report")).unwrap(), report());
         assert_eq!(ok("/v1/devices")[0]["name"], "web");
         assert_eq!(ok("/v1/devices/42")["name"], "web");
+        assert_eq!(ok("/v1/engines")["rows"], json!([]));
         assert_eq!(ok("/v1/health")["status"], "ok");
         for (request, status) in [
             ("GET /", "404"),

@@ -3,7 +3,9 @@
 //! A queue belongs to one mover. The mover holds the queue's ring while it does one move; a copy goes in steps, and
 //! holds what it reads and writes only for a step. So whoever ends a queue, a DMB or a memory table waits for one step.
 
-use crate::engine::cpu::CpuEngine;
+use crate::engine::Run;
+use crate::engine::set::MoverEngines;
+use crate::engine::table::Route;
 use crate::memory::DeviceMemory;
 use crate::notify::EventFile;
 use crate::port::{Counters, Home, Port, Target};
@@ -24,6 +26,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The most bytes that are copied in one step.
 const STEP: u64 = 1 << 20;
+/// The most runs that an engine is given at once.
+const MAX_RUNS: usize = 64;
 /// A mover leaves a queue for the next one after so many moves, or so many bytes.
 const TURN_MOVES: u32 = 64;
 const TURN_BYTES: u64 = 8 << 20;
@@ -101,7 +105,7 @@ impl Served {
 
 impl Mover {
     /// Starts the thread.
-    pub fn start(number: usize, engine: CpuEngine) -> io::Result<Mover> {
+    pub fn start(number: usize, engines: MoverEngines) -> io::Result<Mover> {
         let word = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let epoll = Epoll::new()?;
         let watch = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, WORD);
@@ -116,9 +120,10 @@ impl Mover {
         });
         let worker = Worker {
             shared: shared.clone(),
-            engine,
+            engines,
             chain: Chain::default(),
             data: Vec::new(),
+            runs: Vec::with_capacity(MAX_RUNS),
             turns: VecDeque::new(),
             waiting: HashSet::new(),
         };
@@ -170,10 +175,12 @@ impl Drop for Mover {
 /// The thread's own.
 struct Worker {
     shared: Arc<Shared>,
-    engine: CpuEngine,
+    engines: MoverEngines,
     chain: Chain,
     /// The data pieces of the move at hand.
     data: Vec<Piece>,
+    /// What of it is copied at once.
+    runs: Vec<Run>,
     /// Queues that have something to do, in turn, each once.
     turns: VecDeque<u64>,
     waiting: HashSet<u64>,
@@ -291,7 +298,7 @@ impl Worker {
         Some(MoveHeader::parse(&header).and_then(|header| self.execute(queue, &header, bytes)))
     }
 
-    fn execute(&self, queue: &MoveQueue, header: &MoveHeader, bytes: &mut u64) -> Result<(), Status> {
+    fn execute(&mut self, queue: &MoveQueue, header: &MoveHeader, bytes: &mut u64) -> Result<(), Status> {
         let len: u64 = self.data.iter().map(|p| u64::from(p.len)).sum();
         if len > queue.max_move_size || self.data.len() > queue.max_segments {
             return Err(Status::TooBig);
@@ -301,7 +308,8 @@ impl Worker {
             return Err(Status::Invalid);
         }
         let mut copy = Copy {
-            engine: self.engine,
+            engines: &mut self.engines,
+            runs: &mut self.runs,
             source: &queue.port,
             target: &target,
             data: &self.data,
@@ -369,7 +377,8 @@ fn take_header(
 
 /// A copy under way.
 struct Copy<'a> {
-    engine: CpuEngine,
+    engines: &'a mut MoverEngines,
+    runs: &'a mut Vec<Run>,
     source: &'a Port,
     target: &'a Target,
     data: &'a [Piece],
@@ -395,6 +404,12 @@ impl Copy<'_> {
             }
             _ => &source,
         };
+        let destination = match home {
+            Home::Pool { file, .. } => file.node(),
+            Home::Ram { .. } => self.target.owner.node(),
+        };
+        let route = self.engines.route(self.source.node(), destination);
+        self.runs.clear();
         let mut left = len;
         while left > 0 {
             let (src, run) = self.run(&source, left)?;
@@ -402,9 +417,11 @@ impl Copy<'_> {
             let words = if run < left { run.saturating_sub((self.offset + run) % 8) } else { run };
             let done = if words > 0 {
                 let (dst, run) = home.host(self.offset, words, owner).ok_or(Status::Reset)?;
-                // SAFETY: both runs are mapped: the source's by its memory table, the destination's by the extent or by
-                // the owner's table, and all three are held. They may be guests' memory, so no reference to them exists.
-                unsafe { self.engine.copy(src, dst, run as usize) };
+                if self.runs.len() == MAX_RUNS {
+                    // SAFETY: as below.
+                    unsafe { self.copy_runs(route) };
+                }
+                self.runs.push(Run { src, dst, len: run as usize });
                 self.at += run;
                 run
             } else {
@@ -419,14 +436,29 @@ impl Copy<'_> {
                 let (dst, run) = home.host(self.offset, len, owner).ok_or(Status::Reset)?;
                 // A piece of a RAM DMB holds whole words, so a word is never cut there.
                 debug_assert_eq!(run, len);
-                // SAFETY: as above, from a local.
-                unsafe { self.engine.copy(word.as_ptr(), dst, run as usize) };
+                // SAFETY: the destination as below, the source is a local.
+                unsafe { self.engines.cpu().copy(word.as_ptr(), dst, run as usize) };
                 run
             };
             self.offset += done;
             left -= done;
         }
+        // SAFETY: all runs are mapped: the source's by its memory table, the destination's by the extent or by the owner's
+        // table, and all three are held until the engine is done. They may be guests' memory, so no reference to them exists.
+        unsafe { self.copy_runs(route) };
         Ok(())
+    }
+
+    /// Copies what was collected. When this returns no engine works on it any more.
+    ///
+    /// # Safety
+    ///
+    /// The runs are mapped, and no reference to them exists.
+    unsafe fn copy_runs(&mut self, route: Route) {
+        let len = self.runs.iter().map(|run| run.len).sum();
+        // SAFETY: the caller's promise.
+        unsafe { self.engines.copy(route, self.runs, len) };
+        self.runs.clear();
     }
 
     /// Where the source goes on, and how many of `len` bytes follow there in one piece.
@@ -572,7 +604,8 @@ mod tests {
                 },
                 worker: Worker {
                     shared: Arc::new(shared),
-                    engine: CpuEngine::new(CopyPlan::default()),
+                    engines: MoverEngines::cpu_only(CopyPlan::default()),
+                    runs: Vec::new(),
                     chain: Chain::default(),
                     data: Vec::new(),
                     turns: VecDeque::new(),

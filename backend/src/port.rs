@@ -7,11 +7,12 @@ use crate::doorbell::Doorbell;
 use crate::events::{Events, Full};
 use crate::memory::SharedMemory;
 use crate::pool::memfile::MemFile;
+use crate::topology::NodeId;
 use dmbridge_proto::event::Event;
 use dmbridge_proto::extent::LINE_SIZE;
 use dmbridge_proto::ids::{Gid, Token};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 /// The number of a front-end's connection, never used again.
@@ -27,6 +28,8 @@ pub struct Port {
     pub memory: SharedMemory,
     /// What the device did for its driver.
     pub counters: Counters,
+    /// The device's NUMA node, as the control thread knows it; none: `u32::MAX`.
+    node: AtomicU32,
     events: Mutex<Events>,
     targets: RwLock<HashMap<Token, Arc<Target>>>,
     doorbell: Doorbell,
@@ -67,10 +70,21 @@ impl Port {
             session,
             memory: SharedMemory::default(),
             counters: Counters::default(),
+            node: AtomicU32::new(u32::MAX),
             events: Mutex::default(),
             targets: RwLock::default(),
             doorbell,
         }
+    }
+
+    /// The device's NUMA node, if it is known.
+    pub fn node(&self) -> Option<NodeId> {
+        NodeId::new(self.node.load(Ordering::Relaxed))
+    }
+
+    /// Where the device was found, or that it was not.
+    pub fn set_node(&self, node: Option<NodeId>) {
+        self.node.store(node.map_or(u32::MAX, NodeId::get), Ordering::Relaxed);
     }
 
     /// The event queue.

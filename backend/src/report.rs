@@ -28,6 +28,65 @@ pub struct Report {
     /// The extents, by id.
     #[serde(default)]
     pub extents: Vec<ExtentReport>,
+    /// What copies.
+    #[serde(default)]
+    pub engines: EnginesReport,
+}
+
+/// The engines: what each takes for a copy on this host, and which is used for what.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EnginesReport {
+    /// `measured` when the daemon started, or `cached`: measured at an earlier start, and tried again at this one.
+    pub origin: String,
+    /// What finding and measuring them took, in microseconds.
+    pub took_microseconds: u64,
+    /// The engines.
+    pub engines: Vec<EngineReport>,
+    /// Which one is used, by source, destination and size.
+    pub rows: Vec<EngineRow>,
+}
+
+/// An engine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineReport {
+    /// `cpu`, `cpu-node.N` or `dsa.N`.
+    pub name: String,
+    /// Its NUMA node. Absent for the CPU that serves the queue, which is anywhere.
+    pub node: Option<u32>,
+    /// Its threads.
+    pub workers: u32,
+    /// Copies that it did: moves, or pieces of long ones.
+    pub copies: u64,
+    /// Their sizes together, in bytes.
+    pub bytes: u64,
+}
+
+/// Copies of about a size between two nodes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineRow {
+    /// The node that the data comes from.
+    pub source_node: u32,
+    /// The node that it goes to.
+    pub destination_node: u32,
+    /// The size that was measured, in bytes. The row counts for sizes from half of it on.
+    pub bytes: u64,
+    /// The engine that is used.
+    pub engine: String,
+    /// Why: `measurement` or `configuration`.
+    pub chosen_by: String,
+    /// Copies by this row.
+    pub uses: u64,
+    /// What each engine takes.
+    pub costs: Vec<EngineCost>,
+}
+
+/// What an engine takes for a copy.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineCost {
+    /// The engine.
+    pub engine: String,
+    /// From its submission until it is visible, in nanoseconds.
+    pub nanoseconds: u64,
 }
 
 /// The host's NUMA nodes, as they were when the daemon started.

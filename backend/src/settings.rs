@@ -3,6 +3,7 @@
 //! Plain values and the rules that they have to keep ([`Settings::check`]). How they are written in a file or on a
 //! command line is the program's business, not this file's.
 
+use crate::engine::set::EngineSettings;
 use crate::hub::HubSettings;
 use crate::placement::{NumaSettings, Placement};
 use dmbridge_proto::extent::Geometry;
@@ -33,6 +34,8 @@ pub struct Settings {
     pub pool: PoolSettings,
     /// Number of threads that serve move queues, at least 1.
     pub movers: usize,
+    /// What copies.
+    pub engines: EngineSettings,
     /// The devices that exist from the start.
     pub devices: Vec<DeviceSettings>,
     /// The socket on which every connection gets a fresh device.
@@ -132,6 +135,7 @@ impl Default for Settings {
             system_eid: system_eid(),
             pool: PoolSettings::default(),
             movers: 1,
+            engines: EngineSettings::default(),
             devices: Vec::new(),
             hub: None,
             control: None,
@@ -203,6 +207,7 @@ impl Settings {
         check_fabric_id(self.fabric_id)?;
         check_system_eid(&self.system_eid)?;
         range("movers", self.movers, 1, 64)?;
+        range("workers", self.engines.workers.unwrap_or(0), 0, 64)?;
         self.pool.check()?;
         let mut seen = HashSet::new();
         let mut once = |what: &'static str, value: String| match seen.insert((what, value.clone())) {

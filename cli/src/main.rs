@@ -8,6 +8,7 @@ mod control;
 mod daemon;
 mod demo;
 mod devices;
+mod engines;
 mod pair;
 mod process;
 mod rendezvous;
@@ -33,6 +34,8 @@ enum Command {
     Bench(bench::Args),
     /// List the devices that a daemon serves, with what each has and did
     Devices(devices::Args),
+    /// Show what copies in a daemon: how fast each engine is here, which is used for what, and how often
+    Engines(engines::Args),
     /// One of the two processes of a measurement
     #[command(hide = true, name = bench::WORKER)]
     BenchWorker(pair::PairArgs),
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(args),
+        Command::Engines(args) => engines::run(args),
         Command::BenchWorker(args) => bench::work(args),
         Command::DemoWorker(args) => demo::work(args),
     };

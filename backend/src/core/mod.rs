@@ -11,6 +11,7 @@ pub use admission::Arrived;
 pub use report::Snapshot;
 
 use crate::doorbell::Doorbell;
+use crate::engine::set::EngineSet;
 use crate::fabric::{DeviceId, Fabric};
 use crate::mover::Mover;
 use crate::port::SessionId;
@@ -137,6 +138,8 @@ pub struct Core {
     epoll: Epoll,
     doorbell: Doorbell,
     movers: Vec<Mover>,
+    /// What the movers copy with.
+    engines: EngineSet,
     next_session: u64,
     hub_connections: u64,
     work: VecDeque<Work>,
@@ -152,6 +155,7 @@ impl Core {
         identity: Identity,
         fabric: Fabric,
         movers: Vec<Mover>,
+        engines: EngineSet,
         doorbell: Doorbell,
         inbox: RawFd,
     ) -> io::Result<Core> {
@@ -168,6 +172,7 @@ impl Core {
             epoll: Epoll::new()?,
             doorbell,
             movers,
+            engines,
             next_session: 0,
             hub_connections: 0,
             work: VecDeque::new(),

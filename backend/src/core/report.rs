@@ -76,6 +76,7 @@ fn report(core: &Core) -> Report {
         devices,
         topology: topology(core.fabric.topology()),
         extents: Vec::new(),
+        engines: core.engines.report(),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::control::{Control, Entrance, Setup};
 use crate::copy_plan;
 use crate::core::{Identity, Snapshot};
 use crate::doorbell::{self, Doorbell, Message};
-use crate::engine::cpu::CpuEngine;
+use crate::engine::set::EngineSet;
 use crate::fabric::Fabric;
 use crate::hub::DEFAULT_SOCKET_MODE;
 use crate::mover::Mover;
@@ -83,14 +83,17 @@ impl Daemon {
             devices.push((device, entrance));
         }
         let copy_plan = copy_plan();
-        let engine = CpuEngine::new(copy_plan);
-        let movers: Vec<Mover> =
-            (0..settings.movers).map(|number| Mover::start(number, engine)).collect::<Result<_, _>>()?;
+        let topology = Topology::of_host();
+        let engines = EngineSet::start(&settings.engines, &topology, copy_plan)?;
+        let movers: Vec<Mover> = (0..settings.movers)
+            .map(|number| Mover::start(number, engines.mover()))
+            .collect::<Result<_, _>>()?;
         let (doorbell, inbox) = doorbell::pair()?;
         let setup = Setup {
             identity: Identity { fabric_id: settings.fabric_id, system_eid: settings.system_eid, copy_plan },
-            fabric: Fabric::new(settings.pool, Topology::of_host()),
+            fabric: Fabric::new(settings.pool, topology),
             movers,
+            engines,
             devices,
             hub,
             doorbell: doorbell.clone(),

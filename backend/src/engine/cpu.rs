@@ -1,5 +1,6 @@
 //! The CPU that serves the move queue copies by itself.
 
+use super::{Engine, Run};
 use dmbridge_proto::shm::CopyPlan;
 use std::sync::atomic::{Ordering, fence};
 
@@ -15,15 +16,35 @@ impl CpuEngine {
         CpuEngine { plan }
     }
 
-    /// Copies `len` bytes.
+    /// The plan.
+    pub fn plan(&self) -> CopyPlan {
+        self.plan
+    }
+
+    /// Copies `len` bytes, now.
     ///
     /// # Safety
     ///
     /// `len` bytes are mapped readable at `src` and writable at `dst`, and stay so; guests may access both meanwhile,
     /// and no Rust reference to either exists.
+    #[inline]
     pub unsafe fn copy(&self, src: *const u8, dst: *mut u8, len: usize) {
         // SAFETY: the caller's promise.
         unsafe { self.plan.copy_to_shared(src, dst, len) };
         fence(Ordering::Release);
+    }
+}
+
+impl Engine for CpuEngine {
+    #[inline]
+    unsafe fn submit(&mut self, runs: &[Run]) {
+        for run in runs {
+            // SAFETY: the caller's promise.
+            unsafe { self.copy(run.src, run.dst, run.len) };
+        }
+    }
+
+    fn poll(&mut self) -> bool {
+        true
     }
 }

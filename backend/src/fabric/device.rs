@@ -88,6 +88,7 @@ impl Device {
     /// Looks where it is now: it may have moved. No lock of its memory may be held.
     pub(super) fn locate(&mut self, topology: &Topology) -> Option<Whereabouts> {
         self.whereabouts = locate(topology, self.numa.node, &self.port.memory.read(), self.pid);
+        self.port.set_node(self.whereabouts.map(|at| at.node));
         self.whereabouts
     }
 }

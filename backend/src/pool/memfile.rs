@@ -5,6 +5,7 @@
 //! memory and no more. The seals make the file's size final: nobody can take memory away under anybody else.
 
 use crate::placement::pages::{self, Policy, Range};
+use crate::topology::NodeId;
 use dmbridge_proto::line::ControlLine;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -103,6 +104,14 @@ impl MemFile {
     /// Where its pages are taken from, as far as the kernel agreed.
     pub fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    /// The node that its pages are taken from, if it is one.
+    pub fn node(&self) -> Option<NodeId> {
+        match self.policy {
+            Policy::Prefer(node) => Some(node),
+            Policy::FirstTouch | Policy::Interleave(_) => None,
+        }
     }
 
     /// Our address of `len` bytes at `offset`; they stay mapped as long as the file is borrowed.

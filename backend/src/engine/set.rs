@@ -1,0 +1,327 @@
+//! The engines of a daemon: which there are, which one is the best for what, and how often each was used. And those of one
+//! of its movers.
+
+use super::calibrate::{self, Named};
+use super::cpu::CpuEngine;
+use super::cpu_node::NodePool;
+use super::table::{Chosen, Id, Kind, Measured, Route, Rule, Table};
+use super::{Engine, Run, cache};
+use crate::report::{EngineCost, EngineReport, EngineRow, EnginesReport};
+use crate::topology::{Node, NodeId, Topology};
+use dmbridge_proto::shm::CopyPlan;
+use nix::sched::sched_getaffinity;
+use nix::unistd::Pid;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Workers of a node unless told otherwise, if it has as many CPUs beside one for a mover: what a memory controller can
+/// serve, about.
+const WORKERS: usize = 4;
+
+/// What is configured of the engines.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EngineSettings {
+    /// Answers that are not measured.
+    pub rules: Vec<Rule>,
+    /// Workers of each node; by the number of its CPUs if not given. 0: there are none.
+    pub workers: Option<usize>,
+    /// Where results are kept from start to start; nowhere if not given.
+    pub cache: Option<PathBuf>,
+}
+
+/// Where the table comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    Measured,
+    Cached,
+}
+
+/// The engines of a daemon.
+#[derive(Debug)]
+pub struct EngineSet {
+    cpu: CpuEngine,
+    pools: Vec<NodePool>,
+    table: Arc<Table>,
+    uses: Mutex<Vec<Arc<Uses>>>,
+    origin: Origin,
+    took: Duration,
+}
+
+impl EngineSet {
+    /// Finds the engines, starts their workers, and measures.
+    pub fn start(settings: &EngineSettings, topology: &Topology, plan: CopyPlan) -> io::Result<EngineSet> {
+        let start = Instant::now();
+        let cpu = CpuEngine::new(plan);
+        let pools = pools(settings, topology)?;
+        let mut engines = engines(cpu, &pools);
+        let (measured, origin) = measured(settings, topology, &mut engines)?;
+        let ids = engines.iter().map(|(id, _)| *id).collect();
+        let table = Arc::new(Table::new(calibrate::nodes(topology), ids, measured, &settings.rules));
+        let took = start.elapsed();
+        Ok(EngineSet { cpu, pools, table, uses: Mutex::default(), origin, took })
+    }
+
+    /// The engines of another mover.
+    pub fn mover(&self) -> MoverEngines {
+        let uses = Arc::new(Uses::new(&self.table));
+        self.uses.lock().unwrap_or_else(PoisonError::into_inner).push(uses.clone());
+        let others = engines(self.cpu, &self.pools).into_iter().map(|(_, engine)| engine).collect();
+        MoverEngines { cpu: self.cpu, others, table: self.table.clone(), uses }
+    }
+
+    /// How things are.
+    pub fn report(&self) -> EnginesReport {
+        let uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = |of: &dyn Fn(&Uses) -> u64| uses.iter().map(|uses| of(uses)).sum();
+        let engine = |(at, id): (usize, &Id)| EngineReport {
+            name: id.to_string(),
+            node: id.node,
+            workers: self.workers(*id) as u32,
+            copies: sum(&|uses| Uses::get(&uses.copies[at])),
+            bytes: sum(&|uses| Uses::get(&uses.bytes[at])),
+        };
+        let rows = self.table.iter().map(|row| EngineRow {
+            source_node: row.measured.source,
+            destination_node: row.measured.destination,
+            bytes: row.measured.bytes,
+            engine: row.engine.to_string(),
+            chosen_by: match row.chosen {
+                Chosen::Measured => "measurement".into(),
+                Chosen::Configured => "configuration".into(),
+            },
+            uses: sum(&|uses| Uses::get(&uses.rows[row.number])),
+            costs: row
+                .measured
+                .costs
+                .iter()
+                .map(|cost| EngineCost { engine: cost.engine.to_string(), nanoseconds: cost.nanoseconds })
+                .collect(),
+        });
+        EnginesReport {
+            origin: match self.origin {
+                Origin::Measured => "measured".into(),
+                Origin::Cached => "cached".into(),
+            },
+            took_microseconds: self.took.as_micros() as u64,
+            engines: self.table.engines().iter().enumerate().map(engine).collect(),
+            rows: rows.collect(),
+        }
+    }
+
+    fn workers(&self, id: Id) -> usize {
+        let pool = self.pools.iter().find(|pool| id == Id::of_node(Kind::CpuNode, pool.node()));
+        pool.map_or(0, NodePool::workers)
+    }
+}
+
+/// Workers of every node that has CPUs that this process may use.
+fn pools(settings: &EngineSettings, topology: &Topology) -> io::Result<Vec<NodePool>> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(io::Error::from)?;
+    let may = |cpu: &u32| allowed.is_set(*cpu as usize).unwrap_or(false);
+    let mut pools = Vec::new();
+    for Node { id, cpus, .. } in topology.nodes() {
+        let cpus: Vec<u32> = cpus.iter().copied().filter(may).collect();
+        // Where all memory is near, a single CPU is the mover's.
+        let least = usize::from(!topology.is_single());
+        let workers = settings.workers.unwrap_or(cpus.len().saturating_sub(1).clamp(least, WORKERS));
+        if !cpus.is_empty() && workers != 0 {
+            pools.push(NodePool::start(*id, &cpus, workers)?);
+        }
+    }
+    Ok(pools)
+}
+
+/// All engines, by a way to each that nobody else has; the CPU first.
+fn engines(cpu: CpuEngine, pools: &[NodePool]) -> Vec<Named> {
+    let mut engines: Vec<Named> = vec![(Id::CPU, Box::new(cpu))];
+    for pool in pools {
+        engines.push((Id::of_node(Kind::CpuNode, pool.node()), Box::new(pool.engine(cpu.plan()))));
+    }
+    engines
+}
+
+/// What the engines take: as it was measured at an earlier start, if that still holds, else measured now.
+fn measured(
+    settings: &EngineSettings,
+    topology: &Topology,
+    engines: &mut [Named],
+) -> io::Result<(Vec<Measured>, Origin)> {
+    let Some(path) = &settings.cache else {
+        return Ok((calibrate::measure(topology, engines)?, Origin::Measured));
+    };
+    let names: Vec<String> = engines.iter().map(|(id, _)| id.to_string()).collect();
+    let machine = cache::machine(topology, &names.join(" "));
+    let nodes = calibrate::nodes(topology);
+    let rows = nodes.len() * nodes.len() * super::table::CLASSES;
+    if let Some(mut past) = cache::load(path, &machine, rows) {
+        let now = calibrate::measure_route(topology, engines, nodes[0], nodes[0])?;
+        if cache::still_true(&past, &now) {
+            past[..now.len()].clone_from_slice(&now);
+            return Ok((past, Origin::Cached));
+        }
+    }
+    let measured = calibrate::measure(topology, engines)?;
+    cache::store(path, &machine, &measured);
+    Ok((measured, Origin::Measured))
+}
+
+/// How often what was used, by one mover, which alone counts here.
+#[derive(Debug)]
+struct Uses {
+    rows: Box<[AtomicU64]>,
+    copies: Box<[AtomicU64]>,
+    bytes: Box<[AtomicU64]>,
+}
+
+impl Uses {
+    fn new(table: &Table) -> Uses {
+        let zeroes = |count| (0..count).map(|_| AtomicU64::new(0)).collect();
+        let engines = table.engines().len();
+        Uses { rows: zeroes(table.rows()), copies: zeroes(engines), bytes: zeroes(engines) }
+    }
+
+    /// Without a locked instruction: nobody else adds.
+    #[inline]
+    fn add(counter: &AtomicU64, n: u64) {
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    fn get(counter: &AtomicU64) -> u64 {
+        counter.load(Ordering::Relaxed)
+    }
+}
+
+/// The engines of one mover.
+pub struct MoverEngines {
+    cpu: CpuEngine,
+    /// All of them, in the order of the table's; the first one is not used, because the CPU is asked directly.
+    others: Vec<Box<dyn Engine>>,
+    table: Arc<Table>,
+    uses: Arc<Uses>,
+}
+
+impl MoverEngines {
+    /// The CPU, and nothing to choose.
+    #[cfg(test)]
+    pub fn cpu_only(plan: CopyPlan) -> MoverEngines {
+        let nodes = vec![NodeId::new(0).expect("a node")];
+        let row = |class| Measured {
+            source: 0,
+            destination: 0,
+            bytes: super::table::class_bytes(class) as u64,
+            costs: Vec::new(),
+        };
+        let rows = (0..super::table::CLASSES).map(row).collect();
+        let table = Arc::new(Table::new(nodes, vec![Id::CPU], rows, &[]));
+        let uses = Arc::new(Uses::new(&table));
+        MoverEngines { cpu: CpuEngine::new(plan), others: Vec::new(), table, uses }
+    }
+
+    /// This engine for everything, for tests.
+    #[cfg(test)]
+    pub fn only(engine: Box<dyn Engine>) -> MoverEngines {
+        let mut engines = MoverEngines::cpu_only(CopyPlan::default());
+        let other = Id::of_node(Kind::Dsa, NodeId::new(0).expect("a node"));
+        let rules = [Rule { at_least: 0, kind: Kind::Dsa }];
+        let (nodes, rows) = (vec![NodeId::new(0).expect("a node")], engines.table.measured().to_vec());
+        engines.table = Arc::new(Table::new(nodes, vec![Id::CPU, other], rows, &rules));
+        engines.uses = Arc::new(Uses::new(&engines.table));
+        engines.others = vec![Box::new(engines.cpu), engine];
+        engines
+    }
+
+    /// The way between two nodes.
+    #[inline]
+    pub fn route(&self, source: Option<NodeId>, destination: Option<NodeId>) -> Route {
+        self.table.route(source, destination)
+    }
+
+    /// The CPU, for what is not worth choosing for.
+    #[inline]
+    pub fn cpu(&self) -> &CpuEngine {
+        &self.cpu
+    }
+
+    /// Copies all runs, `len` bytes together, by the engine that is the best for it. They are visible when this returns.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Engine::submit`], until this returns.
+    #[inline]
+    pub unsafe fn copy(&mut self, route: Route, runs: &[Run], len: usize) {
+        let row = self.table.row(route, len);
+        let choice = self.table.choice(row);
+        Uses::add(&self.uses.rows[row], 1);
+        Uses::add(&self.uses.copies[choice], 1);
+        Uses::add(&self.uses.bytes[choice], len as u64);
+        if choice == 0 {
+            for run in runs {
+                // SAFETY: the caller's promise.
+                unsafe { self.cpu.copy(run.src, run.dst, run.len) };
+            }
+            return;
+        }
+        let engine = &mut self.others[choice];
+        // SAFETY: the caller's promise: this does not return before the engine is done.
+        unsafe { engine.submit(runs) };
+        engine.finish();
+    }
+}
+
+impl fmt::Debug for MoverEngines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MoverEngines").field("table", &self.table).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn copy(engines: &mut MoverEngines, len: usize) {
+        let source: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
+        let mut target = vec![0; len];
+        let route = engines.route(None, None);
+        let run = Run { src: source.as_ptr(), dst: target.as_mut_ptr(), len };
+        // SAFETY: both are this function's own.
+        unsafe { engines.copy(route, &[run], len) };
+        assert!(target == source);
+    }
+
+    #[test]
+    fn every_engine_that_is_configured_copies_and_is_counted() {
+        let topology = Topology::of_host();
+        for kind in [Kind::Cpu, Kind::CpuNode] {
+            let rules = vec![Rule { at_least: 0, kind }];
+            let settings = EngineSettings { rules, workers: Some(1), cache: None };
+            let set = EngineSet::start(&settings, &topology, CopyPlan::default()).unwrap();
+            let mut movers = [set.mover(), set.mover()];
+            for len in [1, 64, 5000, 1 << 20] {
+                movers.iter_mut().for_each(|engines| copy(engines, len));
+            }
+            let report = set.report();
+            let used: Vec<_> = report.engines.iter().filter(|engine| engine.copies != 0).collect();
+            assert_eq!(used.len(), 1);
+            assert!(used[0].name.starts_with(kind.as_str()), "{}", used[0].name);
+            assert_eq!((used[0].copies, used[0].bytes), (8, 2 * (65 + 5000 + (1 << 20))));
+            assert_eq!(report.rows.iter().map(|row| row.uses).sum::<u64>(), 8);
+            assert!(report.rows.iter().all(|row| row.chosen_by == "configuration"));
+        }
+    }
+
+    #[test]
+    fn a_second_start_takes_what_the_first_one_measured() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Some(folder.path().join("engines.json"));
+        // With one engine there is only one decision, and it stays the same.
+        let settings = EngineSettings { workers: Some(0), cache, ..EngineSettings::default() };
+        let start =
+            || EngineSet::start(&settings, &Topology::of_host(), CopyPlan::default()).unwrap().report();
+        assert_eq!(start().origin, "measured");
+        assert_eq!(start().origin, "cached");
+    }
+}
