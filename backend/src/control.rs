@@ -174,7 +174,11 @@ impl Control {
             let Some(handler) = self.handlers.get_mut(&id) else { return };
             // SAFETY: the handler owns the socket and lives through the borrow.
             let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
-            let result = match gate::look(socket) {
+            let arrival = gate::look(socket);
+            if let Ok(Arrival::Message(code)) = arrival {
+                tracing::trace!(session = id.0, code, "a message");
+            }
+            let result = match arrival {
                 Ok(Arrival::Nothing) => return,
                 Ok(Arrival::End) => return self.end(id, GoneReason::Left),
                 Ok(Arrival::Message(code)) if code == u32::from(FrontendReq::SET_BACKEND_REQ_FD) => self

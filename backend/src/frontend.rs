@@ -4,6 +4,18 @@
 //! daemon. Here one request is under way at a time, others queue, and the event loop reads the reply when it comes. A
 //! front-end that takes longer than [`REPLY_DEADLINE`] is stalled: what waits fails, and so does what comes, until the
 //! late reply arrives; if that says that something was mapped after all, it is unmapped first.
+//!
+//! # Stock QEMU must not find a request after it has stopped the device
+//!
+//! QEMU (11.1) reads requests in its main loop, stops a device in whatever thread the driver, the guest or a person makes it
+//! do so, and dies of a request that it reads afterwards ([`Manner::Guarded`] is for it). Whoever stops the device holds
+//! QEMU's big lock; so does the main loop from before it reads the first byte of a request until the request is done, and it
+//! waits for the rest of a request that has begun. So a request is sent in two parts: its first byte, and when QEMU
+//! has taken that, the rest. In between nobody can stop the device. If it was stopped before, the rest makes of it a
+//! message that does nothing, and the request is sent again when the device is started again, if anybody still wants it.
+//!
+//! QEMU also replies before the guest can see what was mapped. A second message, which does nothing and is in two parts
+//! as well, tells: when its first byte is taken, the request before it is over and done.
 
 use crate::fabric::DeviceId;
 use crate::pool::memfile::MemFile;
@@ -25,6 +37,11 @@ pub const REPLY_DEADLINE: Duration = Duration::from_secs(5);
 const VERSION: u32 = 1;
 const HEADER_SIZE: usize = 12;
 const REPLY_SIZE: usize = HEADER_SIZE + size_of::<u64>();
+const MESSAGE_SIZE: usize = HEADER_SIZE + size_of::<VhostUserMMap>();
+/// Makes of a request code one that means nothing, without a change of its first byte; QEMU says so on its standard error.
+const NOTHING: u32 = 0xff00;
+/// What the kernel counts as unread while it tells that nothing is.
+const NOTHING_UNREAD: libc::c_int = 1;
 
 /// What a front-end is asked to do.
 #[derive(Debug, Clone)]
@@ -64,9 +81,30 @@ pub enum ChannelError {
     Io(#[from] io::Error),
 }
 
+/// How a front-end is to be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// It may be asked at any time, and has done what it says.
+    Plain,
+    /// As QEMU: see the head of this file.
+    Guarded,
+}
+
+/// How far a request has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Its first byte was sent.
+    Begun,
+    /// All of it was sent.
+    Asked,
+    /// It was done, and the first byte of the message that shows the end of it was sent.
+    Settling,
+}
+
 #[derive(Debug)]
 struct Pending {
     request: MapRequest,
+    stage: Stage,
     deadline: Instant,
     /// Nobody waits for the reply any more.
     abandoned: bool,
@@ -87,6 +125,7 @@ pub struct Sent {
 #[derive(Debug)]
 pub struct Channel {
     socket: UnixStream,
+    manner: Manner,
     queue: VecDeque<MapRequest>,
     pending: Option<Pending>,
     reply: [u8; REPLY_SIZE],
@@ -98,9 +137,10 @@ pub struct Channel {
 
 impl Channel {
     /// The channel over this socket.
-    pub fn new(socket: OwnedFd) -> Channel {
+    pub fn new(socket: OwnedFd, manner: Manner) -> Channel {
         Channel {
             socket: socket.into(),
+            manner,
             queue: VecDeque::new(),
             pending: None,
             reply: [0; REPLY_SIZE],
@@ -148,10 +188,21 @@ impl Channel {
     fn pump(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) {
         while self.open && self.pending.is_none() {
             let Some(request) = self.queue.pop_front() else { return };
-            match self.send(&request) {
+            let message = message(&request);
+            let (part, stage) = match self.manner {
+                Manner::Plain => (&message[..], Stage::Asked),
+                Manner::Guarded => (&message[..1], Stage::Begun),
+            };
+            // At most one request is unanswered, so it fits the socket's buffer unless the front-end plays tricks.
+            match self.send(part, request.file.as_deref()) {
                 Ok(()) => {
+                    match request.file {
+                        Some(_) => self.sent.maps += 1,
+                        None => self.sent.unmaps += 1,
+                    }
                     let deadline = now + REPLY_DEADLINE;
-                    self.pending = Some(Pending { request, deadline, abandoned: false, overdue: false });
+                    self.pending =
+                        Some(Pending { request, stage, deadline, abandoned: false, overdue: false });
                 }
                 Err(error) => {
                     tracing::debug!("a request to a front-end could not be sent: {error}");
@@ -161,46 +212,60 @@ impl Channel {
         }
     }
 
-    fn send(&mut self, request: &MapRequest) -> io::Result<()> {
-        let (code, flags) = match request.file {
-            Some(_) => (BackendReq::SHMEM_MAP, VhostUserMMapFlags::WRITABLE),
-            None => (BackendReq::SHMEM_UNMAP, VhostUserMMapFlags::empty()),
-        };
-        let body = VhostUserMMap {
-            shmid: WINDOW_SHMID,
-            shm_offset: request.offset,
-            len: request.len,
-            flags: flags.bits(),
-            ..VhostUserMMap::default()
-        };
-        let mut message = [0; HEADER_SIZE + size_of::<VhostUserMMap>()];
-        let flags = VERSION | VhostUserHeaderFlag::NEED_REPLY.bits();
-        for (at, word) in [u32::from(code), flags, size_of::<VhostUserMMap>() as u32].into_iter().enumerate()
-        {
-            message[4 * at..4 * at + 4].copy_from_slice(&word.to_ne_bytes());
-        }
-        message[HEADER_SIZE..].copy_from_slice(body.as_slice());
-        let fds: &[RawFd] = match &request.file {
-            Some(file) => &[file.fd().as_raw_fd()],
-            None => &[],
-        };
-        // At most one request is unanswered, so it fits the socket's buffer unless the front-end plays tricks. It shares
-        // the socket's flags, so that the call has to say for itself that it does not block.
+    fn send(&self, bytes: &[u8], file: Option<&MemFile>) -> io::Result<()> {
+        let fd = file.map(|file| [file.fd().as_raw_fd()]);
+        let fds = fd.as_ref().map(|fd| ControlMessage::ScmRights(fd));
+        // The front-end's end shares the flags of the socket, so that the call has to say for itself that it does not block.
         let sent = sendmsg::<()>(
             self.socket.as_raw_fd(),
-            &[IoSlice::new(&message)],
-            &[ControlMessage::ScmRights(fds)][..fds.len()],
+            &[IoSlice::new(bytes)],
+            fds.as_slice(),
             MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
             None,
         )?;
-        if sent != message.len() {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        match request.file {
-            Some(_) => self.sent.maps += 1,
-            None => self.sent.unmaps += 1,
+        if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    /// The front-end may have taken what was sent: sends the rest of what was begun.
+    pub fn advance(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) -> Result<(), ChannelError> {
+        while let Some(Pending { request, stage, abandoned, .. }) = &self.pending {
+            if *stage == Stage::Asked || !is_taken(&self.socket)? {
+                return Ok(());
+            }
+            let go_on = self.open && !abandoned;
+            match stage {
+                Stage::Begun if go_on => {
+                    self.send(&message(request)[1..], None)?;
+                    if let Some(pending) = &mut self.pending {
+                        pending.stage = Stage::Asked;
+                    }
+                }
+                Stage::Begun => {
+                    self.send(&nothing(code(request) | NOTHING)[1..], None)?;
+                    if let Some(Pending { request, abandoned: false, .. }) = self.pending.take() {
+                        self.queue.push_front(request);
+                    }
+                }
+                Stage::Settling => {
+                    self.send(&settle()[1..], None)?;
+                    self.finish(true, outcomes);
+                }
+                Stage::Asked => {}
+            }
+            self.pump(now, outcomes);
         }
         Ok(())
+    }
+
+    /// The request under way is over.
+    fn finish(&mut self, done: bool, outcomes: &mut Vec<MapOutcome>) {
+        let Some(Pending { request, abandoned, .. }) = self.pending.take() else { return };
+        if !abandoned {
+            outcomes.push(MapOutcome { request, done });
+        } else if done && request.file.is_some() {
+            // It was mapped after all, and nobody knows it any more.
+            self.queue.push_front(MapRequest { file: None, ..request });
+        }
     }
 
     /// The socket may be readable: takes the replies that are there.
@@ -233,22 +298,18 @@ impl Channel {
         let word = |at: usize| {
             u32::from_ne_bytes([self.reply[at], self.reply[at + 1], self.reply[at + 2], self.reply[at + 3]])
         };
-        let pending = self.pending.take().ok_or(ChannelError::Unexpected)?;
-        let code = match pending.request.file {
-            Some(_) => BackendReq::SHMEM_MAP,
-            None => BackendReq::SHMEM_UNMAP,
-        };
+        let pending = self.pending.as_mut().filter(|p| p.stage == Stage::Asked);
+        let pending = pending.ok_or(ChannelError::Unexpected)?;
         let is_reply = word(4) & VhostUserHeaderFlag::REPLY.bits() != 0 && word(4) & 3 == VERSION;
-        if word(0) != u32::from(code) || !is_reply || word(8) != size_of::<u64>() as u32 {
+        if word(0) != code(&pending.request) || !is_reply || word(8) != size_of::<u64>() as u32 {
             return Err(ChannelError::Unexpected);
         }
         let done = word(12) == 0 && word(16) == 0;
-        if !pending.abandoned {
-            outcomes.push(MapOutcome { request: pending.request, done });
-        } else if done && pending.request.file.is_some() {
-            // It was mapped after all, and nobody knows it any more.
-            self.queue.push_front(MapRequest { file: None, ..pending.request });
+        if done && self.manner == Manner::Guarded && pending.request.file.is_some() {
+            pending.stage = Stage::Settling;
+            return Ok(self.send(&settle()[..1], None)?);
         }
+        self.finish(done, outcomes);
         self.pump(now, outcomes);
         Ok(())
     }
@@ -276,6 +337,60 @@ impl Channel {
     }
 }
 
+fn code(request: &MapRequest) -> u32 {
+    u32::from(match request.file {
+        Some(_) => BackendReq::SHMEM_MAP,
+        None => BackendReq::SHMEM_UNMAP,
+    })
+}
+
+fn header(code: u32, flags: u32, size: usize) -> [u8; HEADER_SIZE] {
+    let mut header = [0; HEADER_SIZE];
+    for (word, value) in header.chunks_exact_mut(4).zip([code, VERSION | flags, size as u32]) {
+        word.copy_from_slice(&value.to_ne_bytes());
+    }
+    header
+}
+
+fn message(request: &MapRequest) -> [u8; MESSAGE_SIZE] {
+    let flags = match request.file {
+        Some(_) => VhostUserMMapFlags::WRITABLE,
+        None => VhostUserMMapFlags::empty(),
+    };
+    let body = VhostUserMMap {
+        shmid: WINDOW_SHMID,
+        shm_offset: request.offset,
+        len: request.len,
+        flags: flags.bits(),
+        ..VhostUserMMap::default()
+    };
+    let mut message = [0; MESSAGE_SIZE];
+    let header = header(code(request), VhostUserHeaderFlag::NEED_REPLY.bits(), size_of::<VhostUserMMap>());
+    message[..HEADER_SIZE].copy_from_slice(&header);
+    message[HEADER_SIZE..].copy_from_slice(body.as_slice());
+    message
+}
+
+/// A message that does nothing and is not answered.
+fn nothing(code: u32) -> [u8; HEADER_SIZE] {
+    header(code, 0, 0)
+}
+
+/// Another one, of which QEMU says nothing: it belongs to a feature that was not negotiated.
+fn settle() -> [u8; HEADER_SIZE] {
+    nothing(BackendReq::VRING_HOST_NOTIFIER_MSG.into())
+}
+
+/// Whether the other side has taken all that was sent to it.
+fn is_taken(socket: &UnixStream) -> io::Result<bool> {
+    let mut unread: libc::c_int = 0;
+    // SAFETY: the request writes one int.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(unread <= NOTHING_UNREAD)
+}
+
 impl AsRawFd for Channel {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
@@ -287,8 +402,6 @@ mod tests {
     use super::*;
     use std::io::{Read, Write};
 
-    const MESSAGE_SIZE: usize = HEADER_SIZE + size_of::<VhostUserMMap>();
-
     struct World {
         channel: Channel,
         theirs: UnixStream,
@@ -298,9 +411,14 @@ mod tests {
 
     impl World {
         fn new() -> World {
+            World::with(Manner::Plain)
+        }
+
+        fn with(manner: Manner) -> World {
             let (ours, theirs) = UnixStream::pair().unwrap();
             theirs.set_nonblocking(true).unwrap();
-            World { channel: Channel::new(ours.into()), theirs, outcomes: Vec::new(), now: Instant::now() }
+            let channel = Channel::new(ours.into(), manner);
+            World { channel, theirs, outcomes: Vec::new(), now: Instant::now() }
         }
 
         fn open() -> World {
@@ -339,6 +457,21 @@ mod tests {
             bytes.extend(value.to_ne_bytes());
             self.theirs.write_all(&bytes).unwrap();
             self.channel.receive(self.now, &mut self.outcomes)
+        }
+
+        /// The front-end takes the first byte of a message, and then what has come of the rest.
+        fn begin(&mut self) -> u8 {
+            let mut byte = [0];
+            self.theirs.read_exact(&mut byte).unwrap();
+            assert!(self.theirs.read(&mut [0]).is_err(), "the rest waits");
+            self.channel.advance(self.now, &mut self.outcomes).unwrap();
+            byte[0]
+        }
+
+        fn rest<const N: usize>(&mut self, first: u8) -> [u8; N] {
+            let mut bytes = [first; N];
+            self.theirs.read_exact(&mut bytes[1..]).unwrap();
+            bytes
         }
 
         fn ended(&mut self) -> Vec<(u32, bool)> {
@@ -418,6 +551,57 @@ mod tests {
         assert_eq!((world.ended().len(), world.arrived()), (0, None));
         world.reply(9, 1).unwrap();
         assert_eq!(world.arrived(), Some((9, 4 << 21)));
+    }
+
+    /// The code of a message that does nothing, which follows its first byte.
+    fn code_of_nothing(bytes: [u8; HEADER_SIZE]) -> u32 {
+        assert_eq!(bytes[4..], [1, 0, 0, 0, 0, 0, 0, 0]);
+        u32::from_ne_bytes(bytes[..4].try_into().unwrap())
+    }
+
+    #[test]
+    fn a_guarded_front_end_gets_a_request_when_it_has_begun_to_read_it() {
+        let mut world = World::with(Manner::Guarded);
+        world.channel.open(world.now, &mut world.outcomes);
+        world.request(1, true);
+        world.request(2, false);
+        let first = world.begin();
+        let request: [u8; MESSAGE_SIZE] = world.rest(first);
+        assert_eq!(u32::from_ne_bytes(request[..4].try_into().unwrap()), 9);
+        world.reply(9, 0).unwrap();
+        assert!(world.ended().is_empty(), "it may not be over yet");
+        let first = world.begin();
+        assert_eq!(code_of_nothing(world.rest(first)), 3);
+        assert_eq!(world.ended(), [(1, true)]);
+        // There is nothing to wait for after a mapping was removed, nor after one that was refused.
+        let first = world.begin();
+        let _: [u8; MESSAGE_SIZE] = world.rest(first);
+        world.reply(10, 0).unwrap();
+        assert_eq!(world.ended(), [(2, true)]);
+        world.request(3, true);
+        let first = world.begin();
+        let _: [u8; MESSAGE_SIZE] = world.rest(first);
+        world.reply(9, 1).unwrap();
+        assert_eq!(world.ended(), [(3, false)]);
+    }
+
+    #[test]
+    fn a_guarded_front_end_that_stopped_the_device_gets_nothing() {
+        let mut world = World::with(Manner::Guarded);
+        world.channel.open(world.now, &mut world.outcomes);
+        world.request(1, true);
+        world.channel.close();
+        world.channel.open(world.now, &mut world.outcomes);
+        world.request(2, true);
+        // It was asked by the driver before, and takes it under the next one's reign.
+        let first = world.begin();
+        assert_eq!(code_of_nothing(world.rest(first)), 0xff09);
+        let first = world.begin();
+        let request: [u8; MESSAGE_SIZE] = world.rest(first);
+        assert_eq!(u64::from_ne_bytes(request[28..36].try_into().unwrap()), 2 << 21);
+        world.reply(9, 0).unwrap();
+        world.begin();
+        assert_eq!(world.ended(), [(2, true)]);
     }
 
     #[test]

@@ -154,7 +154,11 @@ impl VhostUserBackendReqHandler for Handler {
     }
 
     fn get_protocol_features(&self) -> Result<Protocol> {
-        self.with(|core| Ok(core.session(self.id)?.offered_protocol()))
+        self.with(|core| {
+            let session = core.session_mut(self.id)?;
+            session.hasty |= !session.owned;
+            Ok(session.offered_protocol())
+        })
     }
 
     fn set_protocol_features(&self, features: u64) -> Result<()> {

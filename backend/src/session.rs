@@ -157,6 +157,8 @@ pub struct Session {
     pub features: u64,
     /// Whether it has said that it owns the connection.
     pub owned: bool,
+    /// Whether it asked for protocol features before that.
+    pub hasty: bool,
     /// Protocol features that the front-end accepted.
     pub protocol: Protocol,
     /// All queues.
@@ -198,6 +200,7 @@ impl Session {
             port,
             features: 0,
             owned: false,
+            hasty: false,
             protocol: Protocol::empty(),
             rings: (0..queues).map(|_| Ring::default()).collect(),
             device: None,
@@ -212,14 +215,19 @@ impl Session {
     ///
     /// QEMU (11.1) keeps two books of its memory regions if they can be added and removed one by one. When the guest resets
     /// the device, or itself, QEMU takes the window's mappings out of one of them only, and dies of the difference when the
-    /// device is started again. So it gets the other way, a whole table at each change. QEMU is the front-end that asks
-    /// for protocol features before it says that it owns the connection.
+    /// device is started again. So it gets the other way, a whole table at each change.
     pub fn offered_protocol(&self) -> Protocol {
-        if self.owned {
-            PROTOCOL_FEATURES
-        } else {
+        if self.is_qemu() {
             PROTOCOL_FEATURES.difference(Protocol::CONFIGURE_MEM_SLOTS)
+        } else {
+            PROTOCOL_FEATURES
         }
+    }
+
+    /// Whether the front-end is QEMU, as far as can be told: QEMU asks for protocol features before it says that it
+    /// owns the connection.
+    pub fn is_qemu(&self) -> bool {
+        self.hasty
     }
 
     /// What the device may use with the memory table that its front-end has: a front-end puts mappings there, too.

@@ -2,7 +2,7 @@
 
 use super::{Core, Source, Work};
 use crate::fabric::Effect;
-use crate::frontend::{Channel, MapOutcome};
+use crate::frontend::{Channel, Manner, MapOutcome};
 use crate::gate;
 use crate::port::SessionId;
 use std::io;
@@ -51,12 +51,14 @@ impl Core {
         }
     }
 
-    /// The backend channel may have something to say.
+    /// The backend channel may have something to say, or has taken something.
     pub(super) fn read_channel(&mut self, id: SessionId) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(channel) = &mut session.channel else { return };
         let mut outcomes = Vec::new();
-        if let Err(error) = channel.receive(Instant::now(), &mut outcomes) {
+        let now = Instant::now();
+        let result = channel.receive(now, &mut outcomes).and_then(|()| channel.advance(now, &mut outcomes));
+        if let Err(error) = result {
             tracing::debug!(device = %session.name, "{error}");
             channel.fail(&mut outcomes);
             let fd = channel.as_raw_fd();
@@ -97,7 +99,8 @@ impl Core {
         if stream.local_addr().is_err() || !is_stream {
             return Err(invalid("its descriptor is not a UNIX stream socket"));
         }
-        let mut channel = Channel::new(stream.into());
+        let manner = if session.is_qemu() { Manner::Guarded } else { Manner::Plain };
+        let mut channel = Channel::new(stream.into(), manner);
         let mut outcomes = Vec::new();
         if let Some(mut old) = session.channel.take() {
             old.fail(&mut outcomes);

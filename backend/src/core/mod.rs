@@ -62,7 +62,7 @@ pub enum Source {
     Listener(usize),
     /// A message of a front-end, or its end.
     Socket(SessionId),
-    /// A reply of a front-end.
+    /// A reply of a front-end, or it has taken a part of a request.
     Channel(SessionId),
     /// A kick of the driver for this queue.
     Kick(SessionId, u16),
@@ -196,7 +196,11 @@ impl Core {
     }
 
     fn watch(&self, fd: RawFd, source: Source) -> io::Result<()> {
-        let what = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let mut what = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        if matches!(source, Source::Channel(_)) {
+            // Each time that the front-end takes something.
+            what |= EventSet::OUT;
+        }
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(what, source.to_bits()))
     }
 

@@ -256,7 +256,9 @@ impl State {
     }
 
     pub fn usage(&self, fabric: &Fabric) -> Usage {
-        let mapped = self.slots.values().filter(|s| s.state == SlotState::Mapped);
+        // What is being unmapped is there until the front-end says that it is not.
+        let is_there = |slot: &&Slot| matches!(slot.state, SlotState::Mapped | SlotState::Unmapping);
+        let mapped = self.slots.values().filter(is_there);
         let (extents, mapped_bytes) = mapped.fold((0, 0), |(n, bytes), s| (n + 1, bytes + s.size));
         let lines = self.incoming.iter().filter_map(|token| {
             let dmb = fabric.dmbs.get(token)?;

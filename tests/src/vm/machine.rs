@@ -2,6 +2,7 @@
 
 use super::image::{image, provisioned};
 use super::shared;
+use crate::deadline::until;
 use dmbridge_vm::{Machine, MachineOptions, Output, Running};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -157,6 +158,32 @@ impl Vm {
             json!({ "driver": "vhost-user-test-device-pci", "id": format!("dmbridge{number}"),
                 "bus": format!("port{number}"), "chardev": id, "virtio-id": 37, "num_vqs": 3, "vq_size": 256, "config_size": 128 }),
         );
+    }
+
+    /// Does something while QEMU's main loop stands still, and with it everything that comes from outside; its CPUs go on.
+    /// Guests have no timer meanwhile.
+    pub fn without_main_loop<T>(&self, act: impl FnOnce() -> T) -> T {
+        use nix::sys::ptrace;
+        use nix::sys::wait::{WaitPidFlag, waitpid};
+        // The main loop is the main thread's, and tracing is a thread's.
+        let thread = nix::unistd::Pid::from_raw(self.pid() as i32);
+        ptrace::seize(thread, ptrace::Options::empty())
+            .unwrap_or_else(|errno| panic!("QEMU's main thread cannot be traced: {errno}"));
+        // Where it waits for something to happen it holds no lock.
+        let waits = format!("{} ", libc::SYS_ppoll);
+        until("QEMU's main loop waits", || {
+            ptrace::interrupt(thread).expect("QEMU runs");
+            waitpid(thread, Some(WaitPidFlag::__WALL)).expect("QEMU's main thread stops");
+            let call = std::fs::read_to_string(format!("/proc/{thread}/syscall")).unwrap_or_default();
+            if call.starts_with(&waits) {
+                return Some(());
+            }
+            ptrace::cont(thread, None).expect("QEMU's main thread is traced");
+            None
+        });
+        let result = act();
+        ptrace::detach(thread, None).expect("QEMU's main thread is traced");
+        result
     }
 
     /// Kills QEMU, as `kill -9` does.
