@@ -19,8 +19,13 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it and waits until it serves.
+    /// Starts it with a hub, and waits until it serves.
     pub fn start(scratch: &Scratch) -> Result<Daemon> {
+        Daemon::with_sockets(scratch, &[])
+    }
+
+    /// The same, with a device at each of these sockets.
+    pub fn with_sockets(scratch: &Scratch, sockets: &[PathBuf]) -> Result<Daemon> {
         let program = find_program("dmbridged").ok_or_else(|| {
             anyhow!(
                 "dmbridged was found neither next to this program nor in PATH; build it with `cargo build --release \
@@ -30,6 +35,9 @@ impl Daemon {
         let (hub, control) = (scratch.file("hub.sock"), scratch.file("control.sock"));
         let mut command = Command::new(&program);
         command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "error"]);
+        for socket in sockets {
+            command.arg("--socket-path").arg(socket);
+        }
         let mut child = BoundChild::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
         let deadline = Instant::now() + START;
         // It says nothing when it is ready, but answers.

@@ -39,6 +39,9 @@ enum Command {
     /// One of the two processes of a measurement
     #[command(hide = true, name = bench::WORKER)]
     BenchWorker(pair::PairArgs),
+    /// Runs in a guest what the host asks for
+    #[command(hide = true, name = bench::AGENT)]
+    GuestAgent,
     /// One of the two processes of the demo
     #[command(hide = true, name = demo::WORKER)]
     DemoWorker(pair::PairArgs),
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Devices(args) => devices::run(args),
         Command::Engines(args) => engines::run(args),
         Command::BenchWorker(args) => bench::work(args),
+        Command::GuestAgent => Err(dmbridge_vm::guest_agent::serve().into()),
         Command::DemoWorker(args) => demo::work(args),
     };
     match result {

@@ -28,6 +28,9 @@ pub struct PairArgs {
     pub role: Role,
     /// The job, as JSON.
     pub job: String,
+    /// What the two say to each other goes through standard input and output, because they are in two machines.
+    #[arg(long)]
+    pub relayed: bool,
 }
 
 /// A process that has not ended.

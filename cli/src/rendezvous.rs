@@ -1,5 +1,6 @@
 //! How the two processes of a measurement find each other: a socket on standard input, with JSON packets that may
-//! carry a file descriptor. It is not part of what is measured.
+//! carry a file descriptor; or, between two machines, lines of standard input and output that somebody carries. It is not
+//! part of what is measured.
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::cmsg_space;
@@ -9,13 +10,21 @@ use nix::sys::socket::{
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 const MAX_PACKET: usize = 4096;
 
+/// What a line of standard output starts with if the rest of it is for the other process's standard input.
+pub const RELAY: char = '>';
+
 /// One end.
-pub struct Rendezvous(OwnedFd);
+pub enum Rendezvous {
+    /// Both processes are here.
+    Socket(OwnedFd),
+    /// They are not, and who started them carries lines from one to the other.
+    Relayed,
+}
 
 impl Rendezvous {
     /// Both ends, for the process that starts the two.
@@ -28,7 +37,7 @@ impl Rendezvous {
         let end = std::io::stdin().as_fd().try_clone_to_owned()?;
         nix::sys::socket::getpeername::<nix::sys::socket::UnixAddr>(end.as_raw_fd())
             .context("this subcommand is started by `dmbridge bench` and `dmbridge demo`, not by hand")?;
-        Ok(Rendezvous(end))
+        Ok(Rendezvous::Socket(end))
     }
 
     /// Tells the other process something.
@@ -59,22 +68,35 @@ impl Rendezvous {
     }
 
     fn send(&self, bytes: &[u8], file: Option<RawFd>) -> Result<()> {
+        let Rendezvous::Socket(socket) = self else {
+            ensure!(file.is_none(), "a file cannot go to another machine");
+            let mut out = std::io::stdout().lock();
+            let line = [RELAY.to_string().as_bytes(), bytes, b"\n"].concat();
+            return out.write_all(&line).and_then(|()| out.flush()).context("nobody reads what this says");
+        };
         let files = file.as_slice();
         let control = [ControlMessage::ScmRights(files)];
         let control = if files.is_empty() { &[] } else { control.as_slice() };
         let sent =
-            sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
+            sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
                 .context("the other process has ended")?;
         ensure!(sent == bytes.len());
         Ok(())
     }
 
     fn receive(&self) -> Result<(Vec<u8>, Option<OwnedFd>)> {
+        let Rendezvous::Socket(socket) = self else {
+            let mut line = String::new();
+            if std::io::stdin().read_line(&mut line)? == 0 {
+                bail!("the other process has ended");
+            }
+            return Ok((line.into_bytes(), None));
+        };
         let mut bytes = vec![0; MAX_PACKET];
         let mut space = cmsg_space!(RawFd);
         let mut parts = [IoSliceMut::new(&mut bytes)];
         let message =
-            recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+            recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
         let mut file = None;
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(files) = control {
@@ -99,7 +121,7 @@ mod tests {
     #[test]
     fn words_and_files_cross() {
         let (a, b) = Rendezvous::pair().unwrap();
-        let (a, b) = (Rendezvous(a), Rendezvous(b));
+        let (a, b) = (Rendezvous::Socket(a), Rendezvous::Socket(b));
         a.tell(&("port", 7)).unwrap();
         assert_eq!(b.hear::<(String, u16)>().unwrap(), ("port".into(), 7));
         let (mut reader, writer) = std::io::pipe().unwrap();
@@ -117,7 +139,7 @@ mod tests {
     fn an_ended_partner_is_an_error_not_a_wait() {
         let (a, b) = Rendezvous::pair().unwrap();
         drop(b);
-        let a = Rendezvous(a);
+        let a = Rendezvous::Socket(a);
         assert!(a.hear::<()>().unwrap_err().to_string().contains("has ended"));
         assert!(a.tell(&()).unwrap_err().to_string().contains("has ended"));
     }

@@ -2,11 +2,13 @@
 //!
 //! Tests that need the daemon build it beside the command, unless `DMBRIDGED` names one.
 
+mod support;
+
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
+use support::build_daemon;
 
 /// The command, with the daemon in its path and a folder for its temporary files.
 fn dmbridge(folder: &Path) -> Command {
@@ -33,23 +35,6 @@ fn refuses(args: &[&str], code: i32, sentence: &str) {
     assert!(output.stdout.is_empty(), "{args:?}");
 }
 
-/// Builds the daemon where the command looks for it first: beside itself.
-fn build_daemon() {
-    static BUILT: OnceLock<()> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let profile = Path::new(env!("CARGO_BIN_EXE_dmbridge")).parent().unwrap();
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
-        command.args(["build", "--quiet", "--package", "dmbridged", "--bin", "dmbridged", "--manifest-path"]);
-        command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
-        command.arg("--target-dir").arg(profile.parent().unwrap());
-        if profile.ends_with("release") {
-            command.arg("--release");
-        }
-        assert!(command.status().unwrap().success(), "dmbridged does not build");
-    });
-}
-
 fn json(output: &Output) -> Value {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap()
@@ -72,6 +57,9 @@ fn what_cannot_be_is_refused_with_a_sentence() {
         2,
         "dmbridge-inplace says nothing in latency-14, move-1m",
     );
+    refuses(&["bench", "--vms", "--transport", "uds"], 2, "uds is measured only without --vms");
+    refuses(&["bench", "--transport", "vsock"], 2, "vsock is measured only with --vms");
+    refuses(&["bench", "--vms", "--case", "scale"], 2, "without --vms");
     refuses(&["demo", "--file", "/nowhere"], 2, "/nowhere cannot be read");
     refuses(&["demo", "--file", "/"], 2, "/ is not a regular file");
     refuses(&["devices", "--control", "/nowhere/control.sock"], 1, "nobody answers at /nowhere/control.sock");

@@ -32,9 +32,9 @@ enum Task {
         /// Passed on to `cargo test`: a name, or part of one, of the tests to run. The fuzz targets are then left out.
         filter: Vec<String>,
     },
-    /// Measure against what a process could use instead.
+    /// Measure against what a process could use instead; with --vms, between two virtual machines.
     Bench {
-        /// Passed on to `dmbridge bench`; see `dmbridge bench --help`.
+        /// Passed on to `dmbridge bench`, as `--vms`, `--quick`, `--html FILE`; see `dmbridge bench --help`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },

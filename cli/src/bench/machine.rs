@@ -10,6 +10,7 @@ use std::time::SystemTime;
 
 use super::plan::RingShape;
 use super::transport;
+use super::vms::Guests;
 
 /// The machine, the system and the programs.
 #[derive(Clone, Debug, Serialize)]
@@ -30,10 +31,12 @@ pub struct Machine {
     pub kernel: String,
     /// How the frequency is chosen, if the system says it.
     pub governor: Option<String>,
-    /// The hypervisor, if there is one. `TCG` emulates: its figures compare nothing.
+    /// The hypervisor of this machine, if there is one. `TCG` emulates: its figures compare nothing.
     pub virtualised: Option<String>,
     /// The CPU of each of the two processes.
     pub cpus_used: [usize; 2],
+    /// The two virtual machines, if the processes were in some.
+    pub guests: Option<Guests>,
     /// The bare ring at its best.
     pub ring: Option<RingShape>,
     /// Versions of what was measured.
@@ -77,6 +80,7 @@ impl Machine {
             governor: line(&format!("/sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor", cpus_used[0])),
             virtualised: hypervisor(),
             cpus_used,
+            guests: None,
             ring: None,
             versions,
         })

@@ -1,13 +1,17 @@
-//! One measurement by two processes, seen from both sides: the one that starts them, and the two.
+//! One measurement by two processes, seen from both sides: the one that starts them, and the two. Where they run is all
+//! the same here.
 
 use anyhow::{Context, Result, bail};
+use dmbridge::Device;
 use serde::{Deserialize, Serialize};
+use std::cell::OnceCell;
 use std::time::Duration;
 
 use super::WORKER;
 use super::measure::Outcome;
-use super::plan::Job;
+use super::plan::{Job, Site};
 use super::transport;
+use super::vms::Vms;
 use crate::pair::{self, PairArgs, Role};
 use crate::process;
 use crate::rendezvous::Rendezvous;
@@ -23,6 +27,8 @@ pub struct Worker {
     pub job: Job,
     /// The other one.
     pub rendezvous: Rendezvous,
+    /// Its device, if it is a virtual machine's.
+    pub device: OnceCell<Device>,
 }
 
 /// What each of the two processes says when it ends.
@@ -36,10 +42,10 @@ enum Report {
     Failed(String),
 }
 
-/// Runs the job in two processes.
-pub fn run(job: &Job) -> Result<Outcome> {
+/// Runs the job in two processes: of the two virtual machines, if there are some, else of this host.
+pub fn run(job: &Job, vms: Option<&Vms>) -> Result<Outcome> {
     let mut outcome = None;
-    pair::run(WORKER, &serde_json::to_string(job)?, 10 * job.duration + PATIENCE, |role, line| {
+    let hear = |role: Role, line: &str| {
         match serde_json::from_str(line) {
             Ok(Report::Measured(found)) => outcome = Some(found),
             Ok(Report::Helped) => {}
@@ -47,13 +53,18 @@ pub fn run(job: &Job) -> Result<Outcome> {
             Err(_) => bail!("process {role:?} of the measurement said something unexpected: {line}"),
         }
         Ok(())
-    })?;
+    };
+    let (text, patience) = (serde_json::to_string(job)?, 10 * job.duration + PATIENCE);
+    match vms {
+        Some(vms) => vms.run(WORKER, &text, patience, hear)?,
+        None => pair::run(WORKER, &text, patience, hear)?,
+    }
     outcome.context("the processes of the measurement ended without a result")
 }
 
 /// Is one of the two processes: does the job and reports on standard output.
 pub fn work(args: PairArgs) -> Result<()> {
-    let rendezvous = Rendezvous::from_stdin()?;
+    let rendezvous = if args.relayed { Rendezvous::Relayed } else { Rendezvous::from_stdin()? };
     let report = match take_part(args, rendezvous) {
         Ok(Some(outcome)) => Report::Measured(outcome),
         Ok(None) => Report::Helped,
@@ -65,6 +76,22 @@ pub fn work(args: PairArgs) -> Result<()> {
 
 fn take_part(args: PairArgs, rendezvous: Rendezvous) -> Result<Option<Outcome>> {
     let job: Job = serde_json::from_str(&args.job).context("the job is not one")?;
-    process::pin(job.cpus[args.role as usize])?;
-    transport::run(&mut Worker { role: args.role, job, rendezvous })
+    if let Site::Host { cpus, .. } = job.site {
+        process::pin(cpus[args.role as usize])?;
+    }
+    let mut worker = Worker { role: args.role, job, rendezvous, device: OnceCell::new() };
+    let outcome = transport::run(&mut worker)?;
+    // One leaves the device after the other: stock QEMU does not survive a device that is reset while the end of the other
+    // one takes mappings out of it (docs/what-stock-qemu-does.md).
+    if let Some(device) = worker.device.take() {
+        worker.rendezvous.meet()?;
+        if args.role == Role::B {
+            worker.rendezvous.hear::<()>()?;
+        }
+        drop(device);
+        if args.role == Role::A {
+            worker.rendezvous.tell(&())?;
+        }
+    }
+    Ok(outcome)
 }

@@ -1,10 +1,11 @@
 //! `dmbridge bench`: what it costs to send bytes from process to process, by this project, by what a process could
-//! use instead, and by the machine itself at its limit.
+//! use instead, and by the machine itself at its limit; or from virtual machine to virtual machine.
 //!
 //! | module | subject |
 //! | --- | --- |
 //! | [`plan`] | cases, transports, and which pairs make sense |
 //! | [`measurement`] | the two processes of one |
+//! | [`vms`] | the two virtual machines in which they are, if asked for |
 //! | [`case`] | what they do |
 //! | [`transport`] | over what |
 //! | [`measure`] | clocks and samples |
@@ -20,6 +21,7 @@ mod report;
 mod shared;
 mod transport;
 mod tune;
+mod vms;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -36,10 +38,12 @@ use crate::scratch::Scratch;
 use crate::usage::usage;
 use machine::Machine;
 use measure::Outcome;
-use plan::{Case, Job, Line, RingShape, Transport, Work};
+use plan::{Case, Job, Line, Place, RingShape, Site, Transport, Work};
 use report::{Measured, Run, html, json, table};
+use vms::{Parts, Vms};
 
 pub use measurement::work;
+pub use vms::AGENT;
 
 /// Name of the hidden subcommand.
 pub const WORKER: &str = "bench-worker";
@@ -47,10 +51,13 @@ pub const WORKER: &str = "bench-worker";
 /// What `dmbridge bench` is asked for.
 #[derive(clap::Args)]
 pub struct Args {
+    /// Measure between two virtual machines, which are booted for it: map and move against TCP over virtio-net and AF_VSOCK
+    #[arg(long)]
+    vms: bool,
     /// Write the results as JSON ("-": to standard output, in place of the table)
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the results as one self-contained page with plots; measures the sweep over sizes too
+    /// Write the results as one self-contained page with plots; without --vms, measures the sweep over sizes too
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     /// Measure only these cases (repeat, or separate by commas)
@@ -69,8 +76,13 @@ pub struct Args {
 
 /// Measures, and shows the results.
 pub fn run(args: Args) -> Result<()> {
-    let cases = if args.cases.is_empty() { default_cases(args.html.is_some()) } else { args.cases.clone() };
-    let transports = choose_transports(&args.transports)?;
+    let place = if args.vms { Place::Vms } else { Place::Host };
+    let cases =
+        if args.cases.is_empty() { default_cases(place, args.html.is_some()) } else { args.cases.clone() };
+    let mut transports = choose_transports(&args.transports, place)?;
+    if args.vms && cases.contains(&Case::Scale) {
+        return Err(usage("scale is about one daemon with many devices; measure it without --vms"));
+    }
     let mut run = Run { machine: Machine::look()?, results: Vec::new() };
     let lines = plan::lines(&cases, &transports, run.machine.cpus);
     refuse_nonsense(&args, &lines)?;
@@ -80,7 +92,12 @@ pub fn run(args: Args) -> Result<()> {
         opened.map_err(|error| usage(format!("{} cannot be written: {error}", file.display())))?;
     }
 
-    let mut bench = Bench::new(&args, &run.machine, &lines)?;
+    let parts = args.vms.then(|| Parts::find(&mut transports)).transpose()?;
+    run.machine.guests = parts.as_ref().map(|parts| parts.guests().clone());
+    // Some transports may turn out not to be there.
+    let lines = plan::lines(&cases, &transports, run.machine.cpus);
+
+    let mut bench = Bench::new(&args, &run.machine, &lines, parts.as_ref())?;
     bench.measure(&mut run, &lines)?;
     if cases.contains(&Case::Scale) && transports.iter().any(|t| t.is_ours()) {
         bench.scale(&mut run)?;
@@ -99,13 +116,24 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// All but the sweep, which only a picture shows.
-fn default_cases(picture: bool) -> Vec<Case> {
-    Case::value_variants().iter().copied().filter(|case| picture || *case != Case::Sweep).collect()
+/// On one host, all but the sweep, which only a picture shows. Between virtual machines, those that tell them from others.
+fn default_cases(place: Place, picture: bool) -> Vec<Case> {
+    match place {
+        Place::Vms => {
+            vec![Case::Latency14, Case::Latency14Sleep, Case::Rate100, Case::Stream64k, Case::Move1m]
+        }
+        Place::Host => {
+            Case::value_variants().iter().copied().filter(|case| picture || *case != Case::Sweep).collect()
+        }
+    }
 }
 
-/// The transports asked for, or all that this machine has.
-fn choose_transports(asked: &[Transport]) -> Result<Vec<Transport>> {
+/// The transports asked for, or all that there are in this place on this machine.
+fn choose_transports(asked: &[Transport], place: Place) -> Result<Vec<Transport>> {
+    if let Some(elsewhere) = asked.iter().find(|transport| !transport.is_in(place)) {
+        let (name, hint) = (elsewhere.name(), if place == Place::Vms { "without" } else { "with" });
+        return Err(usage(format!("{name} is measured only {hint} --vms")));
+    }
     let missing = |transport| match transport {
         Transport::Ucx if find_program("ucx_perftest").is_none() => {
             Some("ucx cannot be measured: ucx_perftest is not installed (Debian: ucx-utils)")
@@ -121,7 +149,7 @@ fn choose_transports(asked: &[Transport]) -> Result<Vec<Transport>> {
     if !asked.is_empty() {
         return Ok(asked.to_vec());
     }
-    let all = Transport::value_variants().iter().copied();
+    let all = Transport::value_variants().iter().copied().filter(|transport| transport.is_in(place));
     Ok(all.filter(|t| missing(*t).inspect(|sentence| eprintln!("{sentence}")).is_none()).collect())
 }
 
@@ -153,6 +181,8 @@ fn refuse_nonsense(args: &Args, lines: &[Line]) -> Result<()> {
 
 /// A run in progress.
 struct Bench {
+    // Ends before the folder with its sockets goes.
+    vms: Option<Vms>,
     scratch: Scratch,
     daemon: Option<Daemon>,
     rounds: u32,
@@ -162,15 +192,21 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(args: &Args, machine: &Machine, lines: &[Line]) -> Result<Bench> {
+    fn new(args: &Args, machine: &Machine, lines: &[Line], parts: Option<&Parts>) -> Result<Bench> {
         let scratch = Scratch::new(transport::remove_leftovers)?;
+        let vms = parts.map(|parts| Vms::boot(parts, &scratch)).transpose()?;
         let ours = lines.iter().flat_map(|line| &line.transports).any(|t| t.is_ours());
-        let daemon = ours.then(|| Daemon::start(&scratch)).transpose()?;
+        let daemon = (ours && vms.is_none()).then(|| Daemon::start(&scratch)).transpose()?;
+        let [quick, thorough] = match &vms {
+            Some(_) => [50, 1000],
+            None => [20, 300],
+        };
         Ok(Bench {
+            vms,
             scratch,
             daemon,
             rounds: args.rounds,
-            duration: if args.quick { Duration::from_millis(20) } else { Duration::from_millis(300) },
+            duration: Duration::from_millis(if args.quick { quick } else { thorough }),
             cpus: machine.cpus_used,
             progress: Progress::new(lines, args.rounds),
         })
@@ -180,18 +216,30 @@ impl Bench {
     fn measure(&mut self, run: &mut Run, lines: &[Line]) -> Result<()> {
         let ring = self.tune(lines)?;
         run.machine.ring = ring;
+        let mut failed: Vec<Transport> = Vec::new();
         for line in lines {
             let mut found: Vec<Vec<Outcome>> = line.transports.iter().map(|_| Vec::new()).collect();
             for round in 0..self.rounds {
                 for (transport, outcomes) in line.transports.iter().zip(&mut found) {
+                    if failed.contains(transport) {
+                        continue;
+                    }
                     self.progress.step(&line.name, *transport);
                     let duration = if line.point { self.duration / 6 } else { self.duration };
                     let job = self.job(line.work, *transport, duration, ring.unwrap_or(tune::START));
                     let what = || format!("{} over {}, round {}", line.name, transport.name(), round + 1);
-                    outcomes.push(measurement::run(&job).with_context(what)?);
+                    match (measurement::run(&job, self.vms.as_ref()), &mut run.machine.guests) {
+                        (Ok(outcome), _) => outcomes.push(outcome),
+                        // What others put between guests is not worth the rest of a run that takes many minutes.
+                        (Err(error), Some(guests)) if *transport == Transport::Vsock => {
+                            failed.push(*transport);
+                            guests.not_measured.push(format!("{}: {}", what(), first_line(&error)));
+                        }
+                        (Err(error), _) => return Err(error.context(what())),
+                    }
                 }
             }
-            for (transport, outcomes) in line.transports.iter().zip(&found) {
+            for (transport, outcomes) in line.transports.iter().zip(&found).filter(|(_, f)| !f.is_empty()) {
                 let measured = Measured::from_rounds(&line.name, *transport, line.work, line.unit, outcomes);
                 run.results.push(measured);
             }
@@ -219,7 +267,7 @@ impl Bench {
         let work = Work::Stream { bytes: 64 << 10 };
         let shape = tune::best_ring(|shape| {
             let job = self.job(work, Transport::Ring, self.duration / 3, shape);
-            Ok(measurement::run(&job).context("search for the best ring")?.value)
+            Ok(measurement::run(&job, None).context("search for the best ring")?.value)
         })?;
         Ok(Some(shape))
     }
@@ -230,13 +278,23 @@ impl Bench {
             work,
             transport,
             duration,
-            cpus: self.cpus,
-            folder: self.scratch.path().to_owned(),
-            hub: self.daemon.as_ref().map(|daemon| daemon.hub().to_owned()),
+            site: match &self.vms {
+                Some(vms) => vms.site(),
+                None => Site::Host {
+                    cpus: self.cpus,
+                    folder: self.scratch.path().to_owned(),
+                    hub: self.daemon.as_ref().map(|daemon| daemon.hub().to_owned()),
+                },
+            },
             ring,
             name: format!("m{}", COUNT.fetch_add(1, Ordering::Relaxed)),
         }
     }
+}
+
+/// An error without the console that it may come with.
+fn first_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").lines().next().unwrap_or_default().to_owned()
 }
 
 /// Tells a person how far it is: a bar on a terminal, else a line per case.

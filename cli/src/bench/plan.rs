@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ pub enum Transport {
     DmbridgeInplace,
     /// DMBs that the device copies into
     DmbridgeMove,
-    /// TCP over the loopback interface, TCP_NODELAY
+    /// TCP with TCP_NODELAY: over the loopback interface; with --vms over virtio-net
     Tcp,
     /// UNIX stream sockets
     Uds,
@@ -59,12 +60,54 @@ pub enum Transport {
     Iceoryx2,
     /// UCX over shared memory and CMA, measured by ucx_perftest
     Ucx,
+    /// AF_VSOCK stream sockets between two virtual machines, through vhost-device-vsock
+    Vsock,
     /// Limit: one core copies the same bytes
     Memcpy,
     /// Limit: a bare ring between two cores, at its best size
     Ring,
     /// Limit: one cache line handed from core to core
     Cacheline,
+}
+
+/// Where the two processes of a measurement are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// On this host.
+    Host,
+    /// In two virtual machines.
+    Vms,
+}
+
+/// Where the two processes of one measurement are, and how they find what they need there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Site {
+    /// On this host.
+    Host {
+        /// The CPU of each process.
+        cpus: [usize; 2],
+        /// A folder for this run's files.
+        folder: PathBuf,
+        /// The daemon's hub.
+        hub: Option<PathBuf>,
+    },
+    /// In two virtual machines, each with a device on its PCI bus.
+    Vms {
+        /// Where B listens for TCP.
+        address: Ipv4Addr,
+        /// Where B listens for AF_VSOCK.
+        cid: u32,
+    },
+}
+
+impl Site {
+    /// The address at which B listens for TCP.
+    pub fn address(&self) -> Ipv4Addr {
+        match self {
+            Site::Host { .. } => Ipv4Addr::LOCALHOST,
+            Site::Vms { address, .. } => *address,
+        }
+    }
 }
 
 /// How a side waits for the other.
@@ -147,12 +190,8 @@ pub struct Job {
     pub transport: Transport,
     /// For how long to measure, after the warm-up.
     pub duration: Duration,
-    /// The CPU of each process.
-    pub cpus: [usize; 2],
-    /// A folder for this run's files.
-    pub folder: PathBuf,
-    /// The daemon's hub.
-    pub hub: Option<PathBuf>,
+    /// Where.
+    pub site: Site,
     /// The ring.
     pub ring: RingShape,
     /// A name that no other measurement has.
@@ -211,6 +250,16 @@ impl Transport {
         matches!(self, Transport::Memcpy | Transport::Ring | Transport::Cacheline)
     }
 
+    /// Whether it is measured there.
+    pub fn is_in(self, place: Place) -> bool {
+        use Transport::*;
+        match self {
+            DmbridgeMap | DmbridgeInplace | DmbridgeMove | Tcp => true,
+            Vsock => place == Place::Vms,
+            Uds | Pipe | Iceoryx2 | Ucx | Memcpy | Ring | Cacheline => place == Place::Host,
+        }
+    }
+
     /// Whether the work can be done over the transport with so many CPUs, and says something.
     pub fn can_do(self, work: Work, cpus: usize) -> bool {
         use Transport::*;
@@ -218,20 +267,20 @@ impl Transport {
             Work::PingPong { wait: Wait::Poll, bytes } => match self {
                 // The device has to run too, beside two processes that never sleep.
                 DmbridgeMove => cpus > 2,
-                DmbridgeMap | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Ring => true,
+                DmbridgeMap | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock | Ring => true,
                 Cacheline => bytes <= 56,
                 DmbridgeInplace | Memcpy => false,
             },
             Work::PingPong { .. } => {
-                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx)
+                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock)
             }
-            Work::Stream { .. } => {
-                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Ring | Memcpy)
-            }
+            Work::Stream { .. } => !matches!(self, DmbridgeInplace | Cacheline),
             Work::Produce { .. } => {
-                matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Ring)
+                matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Vsock | Ring)
             }
-            Work::Move { .. } => matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Ucx | Memcpy),
+            Work::Move { .. } => {
+                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Ucx | Vsock | Memcpy)
+            }
         }
     }
 }

@@ -26,7 +26,7 @@ use crate::transport::Transport;
 use crate::transport::pci::{Pci, PciAddress};
 use crate::transport::vhost_user::VhostUser;
 use crate::virtqueue::{Layout, Virtqueue};
-use crate::wait::DEFAULT_SPIN;
+use crate::wait::{Awaited, DEFAULT_SPIN};
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -418,13 +418,15 @@ impl Core {
             Ok::<_, Error>(Virtqueue::new(memory, layout, event_idx, indirect))
         };
         let buffers = |len| transport.allocate(len, 64);
+        // A transport into another kernel never offers futexes.
+        let awaited = if offered.contains(Features::FUTEX) { Awaited::Here } else { Awaited::Elsewhere };
         let control = Control::new(queue(CONTROL_QUEUE, control::QUEUE_SIZE, false)?, buffers)?;
         let events = EventQueue::new(queue(EVENT_QUEUE, events::QUEUE_SIZE, false)?, buffers)?;
         let moves = (0..config.move_queues.get().min(MAX_MOVE_QUEUES))
             .map(|i| {
                 let number = FIRST_MOVE_QUEUE + i;
                 let queue = queue(number, moves::QUEUE_SIZE, indirect)?;
-                MoveQueue::new(number, queue, settings.spin, buffers)
+                MoveQueue::new(number, queue, (settings.spin, awaited), buffers)
             })
             .collect::<Result<Vec<_>, Error>>()?;
         control.with_queue(|control| {

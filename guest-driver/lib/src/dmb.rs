@@ -6,7 +6,7 @@ use crate::proto::control::PairFlags;
 use crate::proto::ids::{Gid, Token};
 use crate::proto::line::{ControlLine, LineStats, Wake};
 use crate::shared::SharedMemory;
-use crate::wait::{Scope, Spinner, futex_wait, futex_wake};
+use crate::wait::{Awaited, Scope, Spinner, futex_wait, futex_wake};
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
@@ -77,13 +77,16 @@ impl DmbState {
         line: Line,
         spin: Duration,
     ) -> DmbState {
+        // Who could be woken by futex runs under this kernel.
+        let here = flags.contains(PairFlags::FUTEX);
+        let awaited = if here { Awaited::Here } else { Awaited::Elsewhere };
         DmbState {
             token,
             index,
             peer,
             flags,
             line,
-            spinner: Spinner::new(spin),
+            spinner: Spinner::new(spin, awaited),
             sleepers: AtomicU32::new(0),
             bell: AtomicU32::new(0),
             fd: OnceLock::new(),

@@ -13,7 +13,7 @@ use crate::shared::SharedMemory;
 use crate::sync::lock;
 use crate::transport::{Woken, wait_for_interrupt};
 use crate::virtqueue::{Piece, Virtqueue};
-use crate::wait::Spinner;
+use crate::wait::{Awaited, Spinner};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -163,7 +163,7 @@ impl MoveQueue {
     pub(crate) fn new(
         number: u16,
         queue: Virtqueue,
-        spin: Duration,
+        (spin, awaited): (Duration, Awaited),
         allocate: impl FnOnce(usize) -> Result<DmaBuffer, Error>,
     ) -> Result<MoveQueue, Error> {
         let size = usize::from(queue.layout().size);
@@ -178,7 +178,7 @@ impl MoveQueue {
             state: Mutex::new(state),
             changed: Condvar::new(),
             taken: AtomicU64::new(0),
-            spinner: Spinner::new(spin),
+            spinner: Spinner::new(spin, awaited),
         })
     }
 

@@ -60,11 +60,21 @@ const FIRST_LOOKS: u32 = 32;
 /// So many looks at most come between two clocks.
 const MOST_LOOKS: u32 = 1024;
 
+/// Where the other side of a wait runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Awaited {
+    /// Under this kernel. On a machine with one CPU it needs the very CPU that would spin.
+    Here,
+    /// Under another one.
+    Elsewhere,
+}
+
 /// How long the waits of one buffer spin before they sleep: learned from how they ended, as the kernel's halt polling
 /// does, plus a pause if spinning is in vain although the waits are short, because then the awaited one needs the very
 /// CPU that spins.
 #[derive(Debug)]
 pub(crate) struct Spinner {
+    awaited: Awaited,
     /// The most that a wait may spin, in nanoseconds.
     max: AtomicU64,
     /// What the next wait spins, in nanoseconds.
@@ -76,8 +86,9 @@ pub(crate) struct Spinner {
 }
 
 impl Spinner {
-    pub(crate) fn new(max: Duration) -> Spinner {
+    pub(crate) fn new(max: Duration, awaited: Awaited) -> Spinner {
         let spinner = Spinner {
+            awaited,
             max: AtomicU64::new(0),
             budget: AtomicU64::new(0),
             misses: AtomicU32::new(0),
@@ -87,9 +98,10 @@ impl Spinner {
         spinner
     }
 
-    /// Sets the longest spin, and starts learning anew. On a machine with one CPU nothing ever spins.
+    /// Sets the longest spin, and starts learning anew. On a machine with one CPU nothing spins for what runs there.
     pub(crate) fn set_max(&self, max: Duration) {
-        let max = if one_cpu() { 0 } else { u64::try_from(max.as_nanos()).unwrap_or(u64::MAX) };
+        let in_vain = self.awaited == Awaited::Here && one_cpu();
+        let max = if in_vain { 0 } else { u64::try_from(max.as_nanos()).unwrap_or(u64::MAX) };
         self.max.store(max, Ordering::Relaxed);
         self.budget.store(max, Ordering::Relaxed);
         self.misses.store(0, Ordering::Relaxed);
@@ -176,7 +188,7 @@ mod tests {
     use super::*;
 
     fn spinner(max_us: u64) -> Spinner {
-        let spinner = Spinner::new(Duration::ZERO);
+        let spinner = Spinner::new(Duration::ZERO, Awaited::Here);
         // Not by `set_max`, whose result depends on the machine.
         spinner.max.store(max_us * 1000, Ordering::Relaxed);
         spinner.budget.store(max_us * 1000, Ordering::Relaxed);
@@ -185,7 +197,11 @@ mod tests {
 
     #[test]
     fn a_zero_budget_never_looks() {
-        assert!(Spinner::new(Duration::ZERO).spin(None, || panic!("looked"), || false).is_err());
+        assert!(
+            Spinner::new(Duration::ZERO, Awaited::Elsewhere)
+                .spin(None, || panic!("looked"), || false)
+                .is_err()
+        );
     }
 
     #[test]

@@ -237,19 +237,31 @@ impl Running {
 
     /// The next line of its standard output, without the end of line.
     pub fn line(&mut self, deadline: Duration) -> Result<String, String> {
+        self.line_or_status(deadline)?.map_err(|status| {
+            format!("`{}` ended ({status}) before it wrote a line{}", self.name, self.said())
+        })
+    }
+
+    /// The next line; none if it ended well without another one.
+    pub fn next_line(&mut self, deadline: Duration) -> Result<Option<String>, String> {
+        match self.line_or_status(deadline)? {
+            Ok(line) => Ok(Some(line)),
+            Err(status) if status.success() => Ok(None),
+            Err(status) => Err(format!("`{}` ended ({status}){}", self.name, self.said())),
+        }
+    }
+
+    /// The next line, or how it ended without one.
+    fn line_or_status(&mut self, deadline: Duration) -> Result<Result<String, ExitStatus>, String> {
         let end = Instant::now() + deadline;
         loop {
             if let Some(len) = self.stdout[self.line..].iter().position(|byte| *byte == b'\n') {
                 let line = String::from_utf8_lossy(&self.stdout[self.line..][..len]).into_owned();
                 self.line += len + 1;
-                return Ok(line);
+                return Ok(Ok(line));
             }
             if let Some(status) = self.next(end)? {
-                return Err(format!(
-                    "`{}` ended ({status}) before it wrote a line{}",
-                    self.name,
-                    self.said()
-                ));
+                return Ok(Err(status));
             }
         }
     }

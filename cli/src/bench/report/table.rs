@@ -26,6 +26,15 @@ const PROMISES: [Promise; 7] = [
     promise("move of 1 MiB", "move-1m", DmbridgeMove, Memcpy, 0.8, 0.95),
 ];
 
+/// What it promises between two virtual machines: of the library what AF_SMC has to reach too.
+const VM_PROMISES: [Promise; 5] = [
+    promise("14 bytes one way, both polling", "latency-14", DmbridgeMap, Tcp, 0.5, 0.2),
+    promise("14 bytes one way, receiver asleep", "latency-14-sleep", DmbridgeMap, Tcp, 0.5, 0.2),
+    promise("stream of 64 KiB writes", "stream-64k", DmbridgeMap, Tcp, 2.0, 5.0),
+    promise("100-byte request and response", "rate-100", DmbridgeMap, Tcp, 2.0, 5.0),
+    promise("move of 1 MiB", "move-1m", DmbridgeMove, Tcp, 2.0, 5.0),
+];
+
 const fn promise(
     what: &'static str,
     case: &'static str,
@@ -68,14 +77,29 @@ pub fn verdicts(run: &Run) -> Vec<Verdict> {
             reached: if less { ratio <= p.must } else { ratio >= p.must },
         })
     };
-    PROMISES.iter().filter_map(verdict).collect()
+    let promises: &[Promise] = if run.machine.guests.is_some() { &VM_PROMISES } else { &PROMISES };
+    promises.iter().filter_map(verdict).collect()
 }
 
 /// The whole text. The sweep is left out: it is many figures, and a picture shows them better.
 pub fn text(run: &Run) -> String {
-    let mut out = cases(run);
+    let mut out = guests(run);
+    out += &cases(run);
     scale(run, &mut out);
     promises(run, &mut out);
+    out
+}
+
+/// What the guests are, if there are some.
+fn guests(run: &Run) -> String {
+    let Some(guests) = &run.machine.guests else { return String::new() };
+    let mut out = format!("{guests}\n");
+    if guests.is_emulated() {
+        out += "They are emulated (TCG): what takes how long says nothing about KVM, and ratios are not those of KVM.\n";
+    }
+    for sentence in &guests.not_measured {
+        let _ = writeln!(out, "not measured: {sentence}");
+    }
     out
 }
 

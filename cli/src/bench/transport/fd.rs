@@ -12,6 +12,8 @@ use crate::bench::plan::{Job, Wait, Work};
 pub struct Descriptors {
     reader: OwnedFd,
     writer: OwnedFd,
+    /// The most bytes of one write.
+    piece: usize,
 }
 
 impl Descriptors {
@@ -22,14 +24,19 @@ impl Descriptors {
                 fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
             }
         }
-        Ok(Descriptors { reader, writer })
+        Ok(Descriptors { reader, writer, piece: usize::MAX })
+    }
+
+    /// The same, with writes of at most so many bytes.
+    pub fn in_pieces(self, piece: usize) -> Descriptors {
+        Descriptors { piece, ..self }
     }
 }
 
 impl Duplex for Descriptors {
     fn send(&mut self, mut message: &[u8]) -> Result<()> {
         while !message.is_empty() {
-            match write(&self.writer, message) {
+            match write(&self.writer, &message[..message.len().min(self.piece)]) {
                 Ok(n) => message = &message[n..],
                 Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
                 Err(error) => return Err(error.into()),

@@ -18,7 +18,7 @@ use super::{Duplex, Produce, each_word};
 use crate::bench::case::{pingpong, produce, stream};
 use crate::bench::measure::Outcome;
 use crate::bench::measurement::Worker;
-use crate::bench::plan::{Job, Wait, Work};
+use crate::bench::plan::{Job, Site, Wait, Work};
 use crate::pair::Role;
 
 /// Everything under way at once, in bytes: more leaves the caches, less makes the sender wait.
@@ -162,9 +162,10 @@ impl Produce for End {
 
 fn open_node(job: &Job) -> Result<Node<ipc::Service>> {
     let mut config = Config::default();
-    let prefix = prefix(&job.folder).context("the run's folder has no name")?;
+    let Site::Host { folder, .. } = &job.site else { bail!("iceoryx2 does not leave a machine") };
+    let prefix = prefix(folder).context("the run's folder has no name")?;
     config.global.prefix = FileName::new(prefix.as_bytes()).map_err(plain)?;
-    let root = iceoryx2::prelude::Path::new(job.folder.as_os_str().as_encoded_bytes()).map_err(plain)?;
+    let root = iceoryx2::prelude::Path::new(folder.as_os_str().as_encoded_bytes()).map_err(plain)?;
     config.global.set_root_path(&root);
     NodeBuilder::new().config(&config).create().map_err(plain)
 }

@@ -11,6 +11,7 @@ mod ring;
 mod tcp;
 mod ucx;
 mod uds;
+mod vsock;
 
 use anyhow::{Result, bail};
 use std::path::Path;
@@ -59,6 +60,7 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.transport {
         Transport::Tcp => over_copies(worker, tcp::connect),
         Transport::Uds => over_copies(worker, uds::connect),
+        Transport::Vsock => over_copies(worker, vsock::connect),
         Transport::Pipe => over_copies(worker, pipe::connect),
         Transport::Ring => over_copies(worker, ring::connect),
         Transport::Cacheline => cacheline::run(worker),

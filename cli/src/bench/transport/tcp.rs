@@ -1,7 +1,7 @@
-//! TCP over the loopback interface, with TCP_NODELAY and the kernel's own choice of buffers.
+//! TCP over the loopback interface, or a virtual machine's network card, with TCP_NODELAY and the kernel's own choice of buffers.
 
 use anyhow::Result;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use super::fd::Descriptors;
 use crate::bench::measurement::Worker;
@@ -11,11 +11,11 @@ use crate::pair::Role;
 pub fn connect(worker: &mut Worker) -> Result<Descriptors> {
     let stream = match worker.role {
         Role::B => {
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-            worker.rendezvous.tell(&listener.local_addr()?.port())?;
+            let listener = TcpListener::bind((worker.job.site.address(), 0))?;
+            worker.rendezvous.tell(&listener.local_addr()?)?;
             listener.accept()?.0
         }
-        Role::A => TcpStream::connect((Ipv4Addr::LOCALHOST, worker.rendezvous.hear::<u16>()?))?,
+        Role::A => TcpStream::connect(worker.rendezvous.hear::<SocketAddr>()?)?,
     };
     stream.set_nodelay(true)?;
     Descriptors::new(stream.try_clone()?.into(), stream.into(), &worker.job)

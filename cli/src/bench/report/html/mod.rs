@@ -56,13 +56,18 @@ const CASES: [(Case, &str, &str); 7] = [
 fn page(run: &Run) -> Result<String> {
     let mut out = String::new();
     let machine = &run.machine;
+    let between = match &machine.guests {
+        Some(_) => "virtual machine to another: by dmbridge, and by what stock QEMU has instead",
+        None => {
+            "process to another: by dmbridge, by what a process could use instead, and by the machine itself at its limit"
+        }
+    };
     write!(
         out,
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width\">\n<title>dmbridge bench</title>\n\
          <style>\n{}</style>\n<main>\n<h1>dmbridge bench</h1>\n\
-         <p class=\"faint\">What it costs to send bytes from one process to another: by dmbridge, by what a process \
-         could use instead, and by the machine itself at its limit. {}, {} on {}{}.</p>\n",
+         <p class=\"faint\">What it costs to send bytes from one {between}. {}, {} on {}{}.</p>\n",
         include_str!("page.css"),
         escape(machine.date.split('T').next().unwrap_or_default()),
         escape(&machine.cpu),
@@ -77,6 +82,18 @@ fn page(run: &Run) -> Result<String> {
             "<p class=\"warning\">This machine is emulated (TCG). What takes how long here says nothing about real \
              ones, and ratios are not those of real ones either.</p>\n",
         );
+    }
+    if let Some(guests) = &machine.guests {
+        writeln!(out, "<p>{}.</p>", escape(&guests.to_string()))?;
+        if guests.is_emulated() {
+            out.push_str(
+                "<p class=\"warning\">The virtual machines are emulated (TCG). What takes how long in them says nothing \
+                 about KVM, and ratios are not those of KVM either.</p>\n",
+            );
+        }
+        for sentence in &guests.not_measured {
+            writeln!(out, "<p class=\"note\">Not measured: {}.</p>", escape(sentence))?;
+        }
     }
     promises(run, &mut out)?;
     cases(run, &mut out)?;
@@ -256,16 +273,30 @@ fn method(run: &Run, out: &mut String) -> Result<()> {
     let machine = &run.machine;
     let rounds = run.results.iter().map(|r| r.rounds.len()).max().unwrap_or(0);
     let [a, b] = machine.cpus_used;
+    let where_they_are = match &machine.guests {
+        Some(_) => "one in each virtual machine, whose threads the system places".to_owned(),
+        None => format!("one on CPU {a}, one on CPU {b}"),
+    };
     write!(
         out,
-        "<h2>How it was measured</h2>\n<p>Two processes, one on CPU {a}, one on CPU {b}. In each of {rounds} rounds, all \
+        "<h2>How it was measured</h2>\n<p>Two processes, {where_they_are}. In each of {rounds} rounds, all \
          transports of a case take their turn, so that what disturbs the machine disturbs all of them. Latencies are \
          means over many round trips without a clock in between, halved; their distribution is from separate round \
          trips, each timed by the processor's counter. Streams are timed by their receiver, transfers by their \
-         sender.</p>\n<p>Limits: <b>cacheline</b> is one cache line handed from core to core; <b>ring</b> a bare ring \
-         between two cores, copy in and copy out, no protocol, in the shape that was fastest in this run; <b>memcpy</b> \
-         one core that copies the same bytes.</p>\n<dl>\n"
+         sender.</p>\n"
     )?;
+    match &machine.guests {
+        Some(_) => out.push_str(
+            "<p><b>dmbridge-map</b> and <b>dmbridge-move</b> drive the PCI device from user space in the guest. \
+             <b>tcp</b> goes over virtio-net through QEMU's own back-end, from one QEMU to the other, without vhost; \
+             <b>vsock</b> through vhost-device-vsock, a process of the host, as ours goes through dmbridged.</p>\n<dl>\n",
+        ),
+        None => out.push_str(
+            "<p>Limits: <b>cacheline</b> is one cache line handed from core to core; <b>ring</b> a bare ring \
+             between two cores, copy in and copy out, no protocol, in the shape that was fastest in this run; \
+             <b>memcpy</b> one core that copies the same bytes.</p>\n<dl>\n",
+        ),
+    }
     let mut entry = |name: &str, text: String| writeln!(out, "<dt>{name}<dd>{}", escape(&text));
     entry("date", machine.date.clone())?;
     entry(
@@ -280,7 +311,7 @@ fn method(run: &Run, out: &mut String) -> Result<()> {
     entry("memory", format!("{:.0} GiB", machine.memory_bytes as f64 / f64::from(1 << 30)))?;
     entry("system", machine.kernel.clone())?;
     entry("frequency governor", machine.governor.clone().unwrap_or_else(|| "not visible".to_owned()))?;
-    entry("hypervisor", machine.virtualised.clone().unwrap_or_else(|| "none".to_owned()))?;
+    entry("hypervisor of this machine", machine.virtualised.clone().unwrap_or_else(|| "none".to_owned()))?;
     if let Some(ring) = machine.ring {
         entry(
             "ring at its best",

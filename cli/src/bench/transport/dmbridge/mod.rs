@@ -1,4 +1,5 @@
-//! dmbridge itself: two processes, each with a device of its own, and DMBs that each owns for the other.
+//! dmbridge itself: two processes, each with a device of its own (its virtual machine's, if it is in one), and DMBs that
+//! each owns for the other.
 
 mod map;
 mod moved;
@@ -7,11 +8,11 @@ pub use map::{in_place, map};
 pub use moved::moved;
 
 use anyhow::{Context, Result};
-use dmbridge::{Device, Dmb, Gid, Token};
+use dmbridge::{Device, Dmb, Gid, Token, pci};
 use std::time::Duration;
 
 use crate::bench::measurement::Worker;
-use crate::bench::plan::{Job, Wait, Work};
+use crate::bench::plan::{Job, Site, Wait, Work};
 
 /// Size of each DMB of a stream.
 const DMB: usize = 4 << 20;
@@ -28,12 +29,21 @@ struct Ends {
 /// Connects a device, and exchanges DMBs of `size` bytes with the other process.
 fn connect(worker: &Worker, can_map: bool, size: usize) -> Result<Ends> {
     let job = &worker.job;
-    let hub = job.hub.as_ref().context("there is no daemon to connect to")?;
     let mut builder = Device::builder().map(can_map);
     if let Some(spin) = spin(job) {
         builder = builder.spin(spin);
     }
-    let device = builder.connect(hub)?;
+    let device = match &job.site {
+        Site::Host { hub, .. } => {
+            builder.connect(hub.as_ref().context("there is no daemon to connect to")?)?
+        }
+        Site::Vms { .. } => {
+            let address = *pci::find().first().context("this virtual machine has no dmbridge device")?;
+            let device = builder.open_pci(address)?;
+            let _ = worker.device.set(device.clone());
+            device
+        }
+    };
     worker.rendezvous.tell(&device.gid().to_string())?;
     let peer: Gid = worker.rendezvous.hear::<String>()?.parse()?;
     let local = device.register(peer, size)?;

@@ -1,0 +1,298 @@
+//! Two virtual machines for a run, joined by everything that is measured: a dmbridge device each, a network card each, and
+//! AF_VSOCK. Each measurement is a process in each; what the two say to each other is carried by this one.
+//!
+//! Only what every stock QEMU has: the network is QEMU's own back-end, in user space as our daemon and vhost-device-vsock
+//! are.
+
+use anyhow::{Context, Result, anyhow, bail};
+use dmbridge_vm::{Input, Machine, MachineOptions, Provisioned, Running};
+use serde::Serialize;
+use std::fmt;
+use std::fs::Permissions;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use super::plan::{Site, Transport};
+use crate::daemon::Daemon;
+use crate::pair::Role;
+use crate::process::BoundChild;
+use crate::rendezvous::RELAY;
+use crate::scratch::Scratch;
+
+/// Name of the hidden subcommand that a guest's first process starts.
+pub const AGENT: &str = "guest-agent";
+
+/// The two, by name. The first one's is the process that asks or sends.
+const NAMES: [&str; 2] = ["a", "b"];
+/// Their addresses, in a network of their own.
+const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::new(10, 77, 0, 2)];
+/// Their context identifiers. Those up to 2 have meanings.
+const CIDS: [u32; 2] = [3, 4];
+/// As much as a virtio network card can have: large segments cost the opponent least, for nobody cuts them for it here.
+const MTU: u32 = 65535;
+/// RAM of each, in MiB.
+const MEMORY: u32 = 512;
+/// CPUs of each: two guests with one are all that two cores can run.
+const CPUS: u32 = 1;
+/// How long a command of the set-up may take.
+const COMMAND: Duration = Duration::from_secs(60);
+/// How long vhost-device-vsock may take to start.
+const START: Duration = Duration::from_secs(10);
+
+/// What the guests are, for the report.
+#[derive(Clone, Debug, Serialize)]
+pub struct Guests {
+    /// `KVM` or `TCG`. TCG emulates: its figures say nothing about KVM, and its ratios little.
+    pub accelerator: String,
+    /// QEMU's version.
+    pub qemu: String,
+    /// The guests' kernel.
+    pub kernel: String,
+    /// CPUs of each.
+    pub cpus: u32,
+    /// RAM of each, in bytes.
+    pub memory_bytes: u64,
+    /// Largest packet of their network, in bytes.
+    pub mtu: u32,
+    /// Why transports that were to be measured are not, in sentences.
+    pub not_measured: Vec<String>,
+}
+
+impl Guests {
+    /// Whether instructions are emulated, and times mean little.
+    pub fn is_emulated(&self) -> bool {
+        self.accelerator == "TCG"
+    }
+}
+
+impl fmt::Display for Guests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Two virtual machines under QEMU {} with {}: {}, {} CPU and {} MiB each; network: virtio-net, QEMU's own \
+             back-end without vhost, packets of up to {} bytes",
+            self.qemu,
+            self.accelerator,
+            self.kernel,
+            self.cpus,
+            self.memory_bytes >> 20,
+            self.mtu
+        )
+    }
+}
+
+/// What guests are made of. Found or made before anything is started, because it may take minutes.
+pub struct Parts {
+    provisioned: Provisioned,
+    vsock: Option<PathBuf>,
+    guests: Guests,
+}
+
+impl Parts {
+    /// Finds or makes what these transports need, and leaves out of them what cannot be had.
+    pub fn find(transports: &mut Vec<Transport>) -> Result<Parts> {
+        let wanted = transports.contains(&Transport::Vsock);
+        let provisioned =
+            Provisioned::find(if wanted { &["--vsock"] } else { &[] }).map_err(anyhow::Error::msg)?;
+        let get = |what| provisioned.get(what).map_err(anyhow::Error::msg);
+        let vsock = provisioned.get("VHOST_DEVICE_VSOCK").ok().map(PathBuf::from);
+        let mut not_measured = Vec::new();
+        if wanted && vsock.is_none() {
+            transports.retain(|transport| *transport != Transport::Vsock);
+            not_measured.push(
+                "vsock: vhost-device-vsock is not installed and could not be built (cargo install vhost-device-vsock)"
+                    .to_owned(),
+            );
+        }
+        let version = Command::new(get("QEMU")?).arg("--version").output().context("QEMU does not start")?;
+        let version = String::from_utf8_lossy(&version.stdout).into_owned();
+        let guests = Guests {
+            accelerator: get("ACCEL")?.to_uppercase(),
+            // "QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1)"
+            qemu: version.split_whitespace().nth(3).unwrap_or("?").to_owned(),
+            kernel: format!("Linux {}", get("KERNEL_RELEASE")?),
+            cpus: CPUS,
+            memory_bytes: u64::from(MEMORY) << 20,
+            mtu: MTU,
+            not_measured,
+        };
+        Ok(Parts { provisioned, vsock: vsock.filter(|_| wanted), guests })
+    }
+
+    /// What the guests will be.
+    pub fn guests(&self) -> &Guests {
+        &self.guests
+    }
+}
+
+/// The two, booted. They end when this is dropped.
+pub struct Vms {
+    machines: [Machine; 2],
+    _daemon: Daemon,
+    _vsock: Option<BoundChild>,
+}
+
+impl Vms {
+    /// Boots them.
+    pub fn boot(parts: &Parts, scratch: &Scratch) -> Result<Vms> {
+        let image = image(&parts.provisioned, scratch)?;
+        let sockets = NAMES.map(|name| scratch.file(&format!("{name}.sock")));
+        let daemon = Daemon::with_sockets(scratch, &sockets)?;
+        let vsock = parts.vsock.as_deref().map(|program| start_vsock(program, scratch)).transpose()?;
+        let start = |number: usize| {
+            let mut options = MachineOptions::new(NAMES[number], &image)
+                .device(&sockets[number])
+                .option("--memory", &format!("{MEMORY}M"))
+                .option("--cpus", &CPUS.to_string());
+            for (option, value) in network(number, scratch) {
+                options = options.qemu(option, &value);
+            }
+            if vsock.is_some() {
+                let socket = vsock_socket(number, scratch);
+                options = options
+                    .qemu("-chardev", &format!("socket,id=vsock,path={}", socket.display()))
+                    .qemu("-device", "vhost-user-vsock-pci,chardev=vsock");
+            }
+            Machine::start(options, scratch.path()).map_err(anyhow::Error::msg)
+        };
+        let machines = [start(0)?, start(1)?];
+        for (number, machine) in machines.iter().enumerate() {
+            let up = format!(
+                "ip address add {}/24 dev eth0; ip link set eth0 mtu {MTU} up; {}",
+                ADDRESSES[number],
+                if vsock.is_some() { "modprobe vmw_vsock_virtio_transport" } else { "" }
+            );
+            let ready = machine.wait_until_booted().and_then(|()| machine.shell(&up, COMMAND));
+            ready.map_err(|error| anyhow!(machine.explain(&error)))?;
+        }
+        Ok(Vms { machines, _daemon: daemon, _vsock: vsock })
+    }
+
+    /// Where measurements in them are.
+    pub fn site(&self) -> Site {
+        Site::Vms { address: ADDRESSES[1], cid: CIDS[1] }
+    }
+
+    /// As [`pair::run`](crate::pair::run), with a process in each.
+    pub fn run(
+        &self,
+        worker: &str,
+        job: &str,
+        patience: Duration,
+        mut hear: impl FnMut(Role, &str) -> Result<()>,
+    ) -> Result<()> {
+        let in_words = |number: usize, error: String| anyhow!(self.machines[number].explain(&error));
+        let start = |number: usize, role: &str| {
+            let command = ["dmbridge", worker, role, job, "--relayed"];
+            self.machines[number].start_command(&command).map_err(|error| in_words(number, error))
+        };
+        let running = [start(0, "a")?, start(1, "b")?];
+        let inputs: [Input; 2] = [running[0].input(), running[1].input()];
+        let (sender, said) = channel();
+        std::thread::scope(|scope| {
+            for (number, running) in running.into_iter().enumerate() {
+                let sender = sender.clone();
+                scope.spawn(move || listen(running, patience, |heard| sender.send((number, heard)).is_ok()));
+            }
+            drop(sender);
+            let mut over = 0;
+            while over < NAMES.len() {
+                let (number, heard) = match said.recv_timeout(patience) {
+                    Ok(heard) => heard,
+                    Err(RecvTimeoutError::Timeout) => {
+                        bail!("the two processes said nothing for {} seconds", patience.as_secs())
+                    }
+                    Err(RecvTimeoutError::Disconnected) => bail!("the two processes ended without a word"),
+                };
+                match heard {
+                    Heard::Line(line) => match line.strip_prefix(RELAY) {
+                        Some(words) => inputs[1 - number]
+                            .write(format!("{words}\n").as_bytes())
+                            .map_err(|error| in_words(1 - number, error))?,
+                        None => hear([Role::A, Role::B][number], &line)?,
+                    },
+                    Heard::End => over += 1,
+                    Heard::Failed(error) => return Err(in_words(number, error)),
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What one of the two processes did.
+enum Heard {
+    Line(String),
+    End,
+    Failed(String),
+}
+
+/// Tells what a process says, until it has ended or nobody wants to know; then it is ended.
+fn listen(mut running: Running, patience: Duration, tell: impl Fn(Heard) -> bool) {
+    loop {
+        let heard = match running.next_line(patience) {
+            Ok(Some(line)) => Heard::Line(line),
+            Ok(None) => Heard::End,
+            Err(error) => Heard::Failed(error),
+        };
+        let more = matches!(heard, Heard::Line(_));
+        if !tell(heard) || !more {
+            return;
+        }
+    }
+}
+
+/// A guest image with this program as both agent and worker.
+fn image(provisioned: &Provisioned, scratch: &Scratch) -> Result<PathBuf> {
+    let (image, agent) = (scratch.file("guest.cpio"), scratch.file("agent"));
+    std::fs::write(&agent, format!("#!/bin/sh\nexec dmbridge {AGENT}\n"))?;
+    std::fs::set_permissions(&agent, Permissions::from_mode(0o755))?;
+    let program = std::env::current_exe().context("this program cannot find its own file")?;
+    let files =
+        [(program.as_path(), "/usr/bin/dmbridge"), (agent.as_path(), "/usr/bin/dmbridge-guest-agent")];
+    provisioned.guest_image(&image, &files).map_err(anyhow::Error::msg)?;
+    Ok(image)
+}
+
+/// QEMU's options for a network card whose cable ends at the other machine's.
+fn network(number: usize, scratch: &Scratch) -> [(&'static str, String); 2] {
+    let end = |number: usize| scratch.file(&format!("{}.net", NAMES[number])).display().to_string();
+    let (local, remote) = (end(number), end(1 - number));
+    let cable =
+        format!("dgram,id=net,local.type=unix,local.path={local},remote.type=unix,remote.path={remote}");
+    let mac = format!("52:54:00:77:00:{:02x}", number + 1);
+    [("-netdev", cable), ("-device", format!("virtio-net-pci,netdev=net,mac={mac},romfile="))]
+}
+
+fn vsock_socket(number: usize, scratch: &Scratch) -> PathBuf {
+    scratch.file(&format!("{}.vsock", NAMES[number]))
+}
+
+/// Starts vhost-device-vsock for both, and waits until it serves.
+fn start_vsock(program: &Path, scratch: &Scratch) -> Result<BoundChild> {
+    let mut command = Command::new(program);
+    for (number, cid) in CIDS.iter().enumerate() {
+        let socket = vsock_socket(number, scratch);
+        let host = scratch.file(&format!("{}.vsock-host", NAMES[number]));
+        command.arg("--vm").arg(format!(
+            "guest-cid={cid},socket={},uds-path={}",
+            socket.display(),
+            host.display()
+        ));
+    }
+    let log = std::fs::File::create(scratch.file("vsock.log"))?;
+    let mut child = BoundChild::spawn(command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log))?;
+    let deadline = Instant::now() + START;
+    while !(0..NAMES.len()).all(|number| vsock_socket(number, scratch).exists()) {
+        if child.get_mut().try_wait()?.is_some() || Instant::now() > deadline {
+            let said = std::fs::read_to_string(scratch.file("vsock.log")).unwrap_or_default();
+            bail!("{} does not serve: {}", program.display(), said.trim());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(child)
+}
