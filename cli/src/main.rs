@@ -36,6 +36,8 @@ enum Command {
     Devices(devices::Args),
     /// Show what copies in a daemon: how fast each engine is here, which is used for what, and how often
     Engines(engines::Args),
+    /// In a guest: prepare AF_SMC (modules, user EID, buffers), and show whether it is really used
+    GuestSetup(dmbridge_guest_setup::Args),
     /// One of the two processes of a measurement
     #[command(hide = true, name = bench::WORKER)]
     BenchWorker(pair::PairArgs),
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Engines(args) => engines::run(args),
+        Command::GuestSetup(args) => dmbridge_guest_setup::run(&args).map_err(Into::into),
         Command::BenchWorker(args) => bench::work(args),
         Command::GuestAgent => Err(dmbridge_vm::guest_agent::serve().into()),
         Command::DemoWorker(args) => demo::work(args),

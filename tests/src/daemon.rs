@@ -1,5 +1,6 @@
 //! The real `dmbridged` as a child process in a private folder.
 
+use crate::build::build;
 use crate::deadline::{DEADLINE, until};
 use dmbridged::report::Report;
 use std::fs::{self, File};
@@ -17,25 +18,8 @@ pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| match std::env::var_os("DMBRIDGED") {
         Some(path) => path.into(),
-        None => build(),
+        None => build("dmbridged", "dmbridged"),
     })
-}
-
-/// Builds the program beside the test that runs, so into the same target folder.
-fn build() -> PathBuf {
-    let test = std::env::current_exe().expect("the test's own path");
-    let profile = test.ancestors().nth(2).expect("target/profile/deps/test");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "--package", "dmbridged", "--bin", "dmbridged", "--manifest-path"]);
-    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
-    command.arg("--target-dir").arg(profile.parent().expect("target"));
-    if profile.ends_with("release") {
-        command.arg("--release");
-    }
-    let status = command.status().expect("cargo has to be there to build dmbridged; or set DMBRIDGED");
-    assert!(status.success(), "dmbridged does not build");
-    profile.join("dmbridged")
 }
 
 /// What a process holds: it has to be no more after than before.

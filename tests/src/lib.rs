@@ -4,6 +4,8 @@
 //! names, or else build it. Nothing here is used by anything but tests, so everything here panics when it fails, and
 //! says what it was waiting for.
 
+pub mod build;
+pub mod bytes;
 pub mod daemon;
 pub mod deadline;
 pub mod frontend;

@@ -81,6 +81,9 @@ fn bench(args: &[String]) -> Result<()> {
 
 fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
     let binaries = build_release(&[])?;
+    // The guests' kernel module is built for Debian's kernel, with its objtool.
+    run::debian_package("make", "make")?;
+    run::debian_file("/usr/lib/x86_64-linux-gnu/libelf.so.1", "libelf1")?;
     Step::new("Finding or making what virtual machines need (the first time it takes some minutes)")
         .run(Command::new(run::workspace().join("qemu-scripts/provision")).stdout(Stdio::null()))?;
     Step::new("Running the tests, in virtual machines too").run(

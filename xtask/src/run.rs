@@ -53,6 +53,11 @@ pub fn debian_package(program: &str, package: &str) -> Result<()> {
     if in_path(program) { Ok(()) } else { install(program, package) }
 }
 
+/// Installs a Debian package if the file that it brings is missing and we may; else says what to do.
+pub fn debian_file(path: &str, package: &str) -> Result<()> {
+    if Path::new(path).exists() { Ok(()) } else { install(path, package) }
+}
+
 fn in_path(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))

@@ -22,6 +22,7 @@
 use anyhow::{Context, Result, bail};
 use dmbridge::pci::{self, PciAddress};
 use dmbridge::{Device, Dmb, DmbSender, Error, Event, Gid, Token};
+use dmbridge_tests::bytes::{Hash, generate};
 use serde_json::{Value, json};
 use std::io::{BufRead, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -290,7 +291,7 @@ fn exchange(dmb: &Dmb, sender: &DmbSender, bytes: u64, seed: u64) -> Result<Valu
                 set_count(SENT, number + 1)?;
             }
             sender.flush()?;
-            Ok(hash.0)
+            Ok(hash.value())
         });
         let receive = scope.spawn(|| -> Result<u64> {
             let mut hash = Hash::new();
@@ -301,7 +302,7 @@ fn exchange(dmb: &Dmb, sender: &DmbSender, bytes: u64, seed: u64) -> Result<Valu
                 set_count(RECEIVED, number + 1)?;
                 hash.add(&data[..len]);
             }
-            Ok(hash.0)
+            Ok(hash.value())
         });
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<u64>>| {
             thread.join().unwrap_or_else(|_| bail!("a thread of the exchange panicked"))
@@ -312,32 +313,4 @@ fn exchange(dmb: &Dmb, sender: &DmbSender, bytes: u64, seed: u64) -> Result<Valu
     Ok(
         json!({ "sent": format!("{sent:016x}"), "received": format!("{received:016x}"), "seconds": start.elapsed().as_secs_f64() }),
     )
-}
-
-/// Fills with bytes that look random, a different sequence for each seed (splitmix64).
-fn generate(state: &mut u64, data: &mut [u8]) {
-    for word in data.chunks_mut(8) {
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word.copy_from_slice(&(z ^ (z >> 31)).to_le_bytes()[..word.len()]);
-    }
-}
-
-/// A hash that sees every bit and its place, and is quick without hardware's help.
-struct Hash(u64);
-
-impl Hash {
-    fn new() -> Hash {
-        Hash(0xcbf2_9ce4_8422_2325)
-    }
-
-    fn add(&mut self, data: &[u8]) {
-        for word in data.chunks(8) {
-            let mut bytes = [0; 8];
-            bytes[..word.len()].copy_from_slice(word);
-            self.0 =
-                (self.0.rotate_left(5) ^ u64::from_le_bytes(bytes)).wrapping_mul(0x0100_0000_01b3_4a7d | 1);
-        }
-    }
 }

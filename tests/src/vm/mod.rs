@@ -5,12 +5,14 @@
 //! | [`machine`] | one VM: boot, run, pause, reset, plug, kill |
 //! | [`driven`] | a device in a guest that does what a test tells it, by the program `vm-guest` |
 //! | [`image`] | the guest image, made of the workspace's own programs |
+//! | [`kernel`] | the kernel module, and guests that have loaded it |
 //! | [`shared`] | VMs that many tests of one program use, one test at a time |
 //!
 //! As everywhere in this crate, what fails panics, and says what it was doing; the guest's console is part of the message.
 
 pub mod driven;
 pub mod image;
+pub mod kernel;
 pub mod machine;
 pub mod shared;
 

@@ -1,0 +1,261 @@
+//! Stream sockets of Linux in a guest, AF_SMC or TCP: the program with which tests exchange bytes between guests.
+//!
+//! `vm-sockets smc|tcp listen PORT WHAT …` says `listening` and serves; `vm-sockets smc|tcp connect ADDRESS PORT WHAT …` uses
+//! it. Both end with one line of JSON, `{"error": …}` if it failed.
+//!
+//! | what | |
+//! | --- | --- |
+//! | `exchange CONNECTIONS BYTES` | each side sends so many bytes on each connection while it receives as many, and checks every one |
+//! | `echo ROUNDS SIZE` | one connection; messages go to the server and back; `round_trip_ns` is the median |
+//! | `stream BYTES SIZE` | one connection; the server receives so many bytes in writes of a size; `seconds` at the receiver |
+//! | `hang` | one connection, which sends all the time and reads until it ends |
+
+use anyhow::{Context, Result, bail};
+use dmbridge_tests::bytes::{Hash, generate};
+use serde_json::{Value, json};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::thread;
+use std::time::Instant;
+
+const AF_SMC: i32 = 43;
+/// Bytes that are generated, and checked, at once: a multiple of eight.
+const CHUNK: usize = 64 * 1024;
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let answer = run(&words).unwrap_or_else(|error| json!({ "error": format!("{error:#}") }));
+    println!("{answer}");
+}
+
+fn run(words: &[&str]) -> Result<Value> {
+    let (family, words) = words.split_first().context("the family is missing")?;
+    let family = if *family == "smc" { AF_SMC } else { libc::AF_INET };
+    match words {
+        ["listen", port, what @ ..] => {
+            let listener = listen(family, port.parse()?)?;
+            println!("listening");
+            serve(&listener, what)
+        }
+        ["connect", address, port, what @ ..] => {
+            use_it(&|| connect(family, SocketAddrV4::new(address.parse()?, port.parse()?)), what)
+        }
+        _ => bail!("listen or connect?"),
+    }
+}
+
+/// A socket of either family; the standard library's types do the rest, as the addresses are the same.
+fn socket(family: i32) -> Result<OwnedFd> {
+    // SAFETY: makes a socket; the result is checked.
+    let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error()).context("socket");
+    }
+    // SAFETY: the descriptor is ours alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn raw(address: SocketAddrV4) -> libc::sockaddr_in {
+    libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from(*address.ip()).to_be() },
+        sin_zero: [0; 8],
+    }
+}
+
+fn checked(what: &'static str, result: i32) -> Result<()> {
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).context(what) }
+}
+
+fn listen(family: i32, port: u16) -> Result<TcpListener> {
+    let socket = socket(family)?;
+    let address = raw(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port));
+    let (fd, len, one) = (socket.as_raw_fd(), size_of_val(&address) as u32, 1i32);
+    // SAFETY: the option, the address and their sizes are those of the call, and live until it has returned.
+    unsafe {
+        checked(
+            "SO_REUSEADDR",
+            libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, (&raw const one).cast(), 4),
+        )?;
+        checked("bind", libc::bind(fd, (&raw const address).cast(), len))?;
+        checked("listen", libc::listen(fd, 1024))?;
+    }
+    Ok(socket.into())
+}
+
+fn connect(family: i32, address: SocketAddrV4) -> Result<TcpStream> {
+    let socket = socket(family)?;
+    let address = raw(address);
+    // SAFETY: the address and its size are those of the call, and live until it has returned.
+    let result = unsafe {
+        libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32)
+    };
+    checked("connect", result)?;
+    Ok(socket.into())
+}
+
+fn number(words: &[&str], at: usize) -> Result<u64> {
+    words.get(at).context("a number is missing")?.parse().context("a number is wrong")
+}
+
+fn serve(listener: &TcpListener, what: &[&str]) -> Result<Value> {
+    let accept = || Ok(listener.accept().context("accept")?.0);
+    match what {
+        ["exchange", words @ ..] => exchange(&accept, number(words, 0)?, number(words, 1)?, 1),
+        ["echo", words @ ..] => {
+            let mut stream = accept()?;
+            let mut message = vec![0; number(words, 1)? as usize];
+            for _ in 0..number(words, 0)? {
+                stream.read_exact(&mut message)?;
+                stream.write_all(&message)?;
+            }
+            // The client closes first, having read all.
+            let _ = stream.read(&mut message)?;
+            Ok(json!({}))
+        }
+        ["stream", words @ ..] => {
+            let mut stream = accept()?;
+            let (bytes, mut left) = (number(words, 0)?, number(words, 0)?);
+            let mut buffer = vec![0; number(words, 1)? as usize];
+            let start = Instant::now();
+            while left > 0 {
+                let count = stream.read(&mut buffer)? as u64;
+                if count == 0 {
+                    bail!("the stream ended {left} bytes early");
+                }
+                left = left.checked_sub(count).context("there was more than was sent")?;
+            }
+            let seconds = start.elapsed().as_secs_f64();
+            stream.write_all(b".")?;
+            Ok(json!({ "bytes": bytes, "seconds": seconds }))
+        }
+        ["hang"] => hang(accept()?),
+        _ => bail!("there is no such thing to do"),
+    }
+}
+
+fn use_it(connect: &(dyn Fn() -> Result<TcpStream> + Sync), what: &[&str]) -> Result<Value> {
+    match what {
+        ["exchange", words @ ..] => exchange(connect, number(words, 0)?, number(words, 1)?, 2),
+        ["echo", words @ ..] => {
+            let mut stream = connect()?;
+            let mut message = vec![7; number(words, 1)? as usize];
+            let mut times = Vec::new();
+            for _ in 0..number(words, 0)? {
+                let start = Instant::now();
+                stream.write_all(&message)?;
+                stream.read_exact(&mut message)?;
+                times.push(start.elapsed().as_nanos() as u64);
+            }
+            times.sort_unstable();
+            let at = |part: usize| times.get(times.len() * part / 100).copied();
+            Ok(json!({ "round_trip_ns": at(50), "p99_ns": at(99) }))
+        }
+        ["stream", words @ ..] => {
+            let mut stream = connect()?;
+            let (mut left, buffer) = (number(words, 0)?, vec![7; number(words, 1)? as usize]);
+            while left > 0 {
+                let len = left.min(buffer.len() as u64);
+                stream.write_all(&buffer[..len as usize])?;
+                left -= len;
+            }
+            stream.read_exact(&mut [0])?;
+            Ok(json!({}))
+        }
+        ["hang"] => hang(connect()?),
+        _ => bail!("there is no such thing to do"),
+    }
+}
+
+/// Sends until it cannot, and reads until it ends: says how each ended.
+fn hang(stream: TcpStream) -> Result<Value> {
+    let mut sender = stream.try_clone()?;
+    let mut receiver = stream;
+    let sending = thread::spawn(move || {
+        let buffer = vec![1; CHUNK];
+        loop {
+            if let Err(error) = sender.write_all(&buffer) {
+                return error.to_string();
+            }
+        }
+    });
+    let (mut buffer, mut bytes) = (vec![0; CHUNK], 0);
+    println!("hanging");
+    let received = loop {
+        match receiver.read(&mut buffer) {
+            Ok(0) => break "end".to_string(),
+            Ok(count) => bytes += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => break error.to_string(),
+        }
+    };
+    Ok(json!({ "received": bytes, "reading": received, "writing": sending.join().unwrap_or_default() }))
+}
+
+/// Exchanges on many connections at once. A connection's bytes are made from its number and its side.
+fn exchange(
+    make: &(dyn Fn() -> Result<TcpStream> + Sync),
+    connections: u64,
+    bytes: u64,
+    side: u64,
+) -> Result<Value> {
+    let start = Instant::now();
+    let mut threads = Vec::new();
+    for _ in 0..connections {
+        let mut stream = make()?;
+        // Which connection is which is not known by the order of accepting.
+        let number = match side {
+            2 => {
+                let number = threads.len() as u64;
+                stream.write_all(&number.to_le_bytes())?;
+                number
+            }
+            _ => {
+                let mut number = [0; 8];
+                stream.read_exact(&mut number)?;
+                u64::from_le_bytes(number)
+            }
+        };
+        threads.push(thread::spawn(move || one(stream, bytes, number * 2 + side, number * 2 + 3 - side)));
+    }
+    for thread in threads {
+        thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+    }
+    Ok(json!({ "bytes": bytes * connections, "seconds": start.elapsed().as_secs_f64() }))
+}
+
+fn one(stream: TcpStream, bytes: u64, mine: u64, theirs: u64) -> Result<()> {
+    let mut sender = stream.try_clone()?;
+    let mut receiver = stream;
+    let sending = thread::spawn(move || -> Result<()> {
+        let (mut random, mut data, mut left) = (mine, vec![0; CHUNK], bytes);
+        while left > 0 {
+            let len = left.min(CHUNK as u64) as usize;
+            generate(&mut random, &mut data[..len]);
+            sender.write_all(&data[..len]).context("sending")?;
+            left -= len as u64;
+        }
+        sender.shutdown(std::net::Shutdown::Write).context("shutting down")
+    });
+    let (mut random, mut data, mut wanted, mut left) = (theirs, vec![0; CHUNK], vec![0; CHUNK], bytes);
+    let mut at = 0;
+    while left > 0 {
+        let len = left.min(CHUNK as u64) as usize;
+        generate(&mut random, &mut wanted[..len]);
+        receiver.read_exact(&mut data[..len]).with_context(|| format!("receiving from byte {at} on"))?;
+        if data[..len] != wanted[..len] {
+            let wrong = data.iter().zip(&wanted).position(|(a, b)| a != b).unwrap_or_default();
+            let mut hash = Hash::new();
+            hash.add(&data[..len]);
+            bail!("byte {} is wrong; the hash of its chunk is {:016x}", at + wrong as u64, hash.value());
+        }
+        (at, left) = (at + len as u64, left - len as u64);
+    }
+    if receiver.read(&mut data).context("reading the end")? != 0 {
+        bail!("there is more than was sent");
+    }
+    sending.join().map_err(|_| anyhow::anyhow!("the sender panicked"))?
+}

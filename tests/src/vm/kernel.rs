@@ -1,0 +1,97 @@
+//! The kernel module of `guest-driver/kernel`, built for the guests' kernel, and guests that have loaded it.
+
+use super::image::provisioned;
+use super::{Vm, VmOptions};
+use crate::build::{build, profile, workspace};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The module's file, built once per test program and only if its source has changed.
+pub fn module() -> &'static Path {
+    static MODULE: OnceLock<PathBuf> = OnceLock::new();
+    MODULE.get_or_init(|| {
+        let folder = profile().join("guest-kernel-module");
+        let source = workspace().join("guest-driver/kernel");
+        fs::create_dir_all(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        // Test programs that run at the same time build one after the other; make itself sees what is new.
+        let output = Command::new("flock")
+            .arg(folder.join(".lock"))
+            .args([
+                "sh",
+                "-ec",
+                "cp -ru \"$0\"/. .; make --silent KERNEL_HEADERS=\"$1\"; strip --strip-debug dmbridge.ko",
+            ])
+            .args([&source, &PathBuf::from(provisioned("KERNEL_HEADERS"))])
+            .current_dir(&folder)
+            .output()
+            .unwrap_or_else(|error| panic!("flock: {error}"));
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "the kernel module does not build (make and gcc have to be installed):\n{text}"
+        );
+        folder.join("dmbridge.ko")
+    })
+}
+
+/// The preload library that makes TCP sockets AF_SMC ones.
+pub fn af_smc() -> PathBuf {
+    build("dmbridge-af-smc", "libdmbridge_af_smc.so")
+}
+
+/// Path of the module in a guest.
+pub const MODULE: &str = "/lib/dmbridge.ko";
+/// Path of the preload library in a guest.
+pub const AF_SMC: &str = "/usr/lib/libdmbridge_af_smc.so";
+
+/// Guests' addresses on the network that joins them.
+pub fn address(number: usize) -> String {
+    format!("10.77.0.{}", number + 1)
+}
+
+/// A guest's network, the guest's number in it counted from 0. Two guests are joined by `socket`, without the host.
+pub fn network(options: VmOptions, number: usize, socket: &Path) -> VmOptions {
+    let server = if number == 0 { "server=on" } else { "server=off,reconnect-ms=100" };
+    options
+        .qemu("-netdev", &format!("stream,id=net0,{server},addr.type=unix,addr.path={}", socket.display()))
+        .qemu(
+            "-device",
+            &format!("virtio-net-pci,netdev=net0,mac=52:54:00:77:00:{:02x},romfile=", number + 1),
+        )
+}
+
+/// Sets the guest's network up.
+pub fn set_up_network(vm: &Vm, number: usize) {
+    let interface = vm.shell("ls /sys/class/net | grep -v '^lo$' | head -n 1");
+    let (interface, address) = (interface.trim(), address(number));
+    vm.shell(&format!("ip addr add {address}/24 dev {interface}; ip link set {interface} up"));
+}
+
+/// Loads the module and prepares AF_SMC as a person does.
+pub fn set_up_smc(vm: &Vm) {
+    vm.push(&fs::read(module()).expect("the module was built"), MODULE);
+    vm.push(&fs::read(af_smc()).expect("the library was built"), AF_SMC);
+    let program = build("dmbridge-guest-setup", "dmbridge-guest-setup");
+    vm.push(&fs::read(program).expect("the program was built"), "/usr/bin/dmbridge-guest-setup");
+    vm.output(&["dmbridge-guest-setup", "--module", MODULE]);
+}
+
+/// Fails if the guest's kernel had anything to complain about.
+pub fn assert_kernel_is_content(vm: &Vm) {
+    let log = vm.shell("dmesg");
+    let bad = [
+        "WARNING",
+        "BUG:",
+        "Oops",
+        "Call Trace",
+        "lockdep",
+        "possible recursive",
+        "rcu_sched",
+        "soft lockup",
+        "general protection",
+    ];
+    let found: Vec<_> = log.lines().filter(|line| bad.iter().any(|word| line.contains(word))).collect();
+    assert!(found.is_empty(), "VM {}: {found:#?}\n{log}", vm.name());
+}
