@@ -6,6 +6,8 @@
 //! How memory that another core has just read is written fastest differs between processors by a factor of five, and by
 //! size. So there are several [`CopyMethod`]s, and a [`CopyPlan`] that the device measures and tells its drivers.
 
+pub mod wide;
+
 /// Instructions that copy into shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u8)]
@@ -103,19 +105,7 @@ pub unsafe fn copy_to_shared(method: CopyMethod, src: *const u8, dst: *mut u8, l
     }
 }
 
-/// As [`copy_to_shared`] by non-temporal stores, in pieces: what it stores is ordered before later stores by
-/// [`end_of_stream`] only, once for all pieces.
-///
-/// # Safety
-///
-/// As for [`copy_to_shared`]; `dst` is aligned to 8, `len` a multiple of 8.
-#[inline]
-pub unsafe fn stream_to_shared(src: *const u8, dst: *mut u8, len: usize) {
-    // SAFETY: the caller's promise.
-    unsafe { stream_words(src, dst, len) }
-}
-
-/// Orders what [`stream_to_shared`] stored before every later store.
+/// Orders what [`wide::stream_lines`] stored before every later store.
 #[inline]
 pub fn end_of_stream() {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -160,52 +150,15 @@ unsafe fn copy_word(src: *const u8, dst: *mut u8) {
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod x86_64 {
     use super::copy_word;
-    use core::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-
-    /// Copies 64 bytes. An aligned 16-byte store is one access, so each 8-byte word in it is whole. The plain stores are
-    /// volatile so that the compiler cannot turn the loop around them into a call of memcpy.
-    ///
-    /// # Safety
-    ///
-    /// 64 bytes are readable at `src` and writable at `dst`, which is aligned to 16.
-    #[inline]
-    unsafe fn line<const STREAM: bool>(src: *const u8, dst: *mut u8) {
-        let (from, to) = (src.cast::<__m128i>(), dst.cast::<__m128i>());
-        // SAFETY: the caller's promise.
-        unsafe {
-            let words = [0, 1, 2, 3].map(|i| _mm_loadu_si128(from.add(i)));
-            for (i, word) in words.into_iter().enumerate() {
-                if STREAM {
-                    _mm_stream_si128(to.add(i), word);
-                } else {
-                    to.add(i).write_volatile(word);
-                }
-            }
-        }
-    }
+    use super::wide::{self, Line};
 
     /// # Safety
     ///
     /// As for [`copy_word`], for `len` bytes, a multiple of 8.
     #[inline]
-    pub unsafe fn copy_words(mut src: *const u8, mut dst: *mut u8, mut len: usize) {
-        // SAFETY: the caller's promise: every step stays below `len`.
-        unsafe {
-            if len >= 72 {
-                if dst.align_offset(16) != 0 {
-                    copy_word(src, dst);
-                    (src, dst, len) = (src.add(8), dst.add(8), len - 8);
-                }
-                while len >= 64 {
-                    line::<false>(src, dst);
-                    (src, dst, len) = (src.add(64), dst.add(64), len - 64);
-                }
-            }
-            while len != 0 {
-                copy_word(src, dst);
-                (src, dst, len) = (src.add(8), dst.add(8), len - 8);
-            }
-        }
+    pub unsafe fn copy_words(src: *const u8, dst: *mut u8, len: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { copy_lines::<false>(src, dst, len) }
     }
 
     /// The stores are ordered by nothing but a store fence, not even by a release store.
@@ -215,16 +168,49 @@ mod x86_64 {
     /// As for [`copy_words`].
     #[inline]
     pub unsafe fn stream_words(src: *const u8, dst: *mut u8, len: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { copy_lines::<true>(src, dst, len) }
+    }
+
+    /// Whole lines by vectors, what is before and after by words. A part of a line never goes past the caches: the line would be read
+    /// back first.
+    ///
+    /// # Safety
+    ///
+    /// As for [`copy_words`].
+    #[inline]
+    unsafe fn copy_lines<const STREAM: bool>(src: *const u8, dst: *mut u8, len: usize) {
+        let head = dst.align_offset(64).min(len);
+        let lines = (len - head) / 64;
+        let tail = head + lines * 64;
         // SAFETY: the caller's promise: head, lines and tail sum up to `len`.
         unsafe {
-            // Only whole cache lines go past the cache: a part of one would be read back first.
-            let head = dst.align_offset(64).min(len);
-            copy_words(src, dst, head);
-            let lines = (len - head) & !63;
-            for at in (head..head + lines).step_by(64) {
-                line::<true>(src.add(at), dst.add(at));
+            each_word(src, dst, 0..head);
+            if lines != 0 {
+                let mut from = src.add(head).cast::<[u8; 64]>();
+                let next = || {
+                    let line = from.cast::<Line>().read_unaligned();
+                    from = from.add(1);
+                    line
+                };
+                if STREAM {
+                    wide::stream_lines(dst.add(head), lines, next);
+                } else {
+                    wide::store_lines(dst.add(head), lines, next);
+                }
             }
-            copy_words(src.add(head + lines), dst.add(head + lines), len - head - lines);
+            each_word(src, dst, tail..len);
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`copy_words`], for a range of it.
+    #[inline]
+    unsafe fn each_word(src: *const u8, dst: *mut u8, range: core::ops::Range<usize>) {
+        for at in range.step_by(8) {
+            // SAFETY: the caller's promise.
+            unsafe { copy_word(src.add(at), dst.add(at)) }
         }
     }
 

@@ -7,7 +7,7 @@
 
 use crate::error::OutOfBounds;
 use crate::fills::Fills;
-use crate::proto::shm::{self, CopyMethod, CopyPlan};
+use crate::proto::shm::{self, CopyPlan, wide};
 use std::any::Any;
 use std::fmt;
 use std::ops::{Bound, RangeBounds};
@@ -305,19 +305,18 @@ impl<'a> SharedSlice<'a> {
     #[inline]
     pub fn for_each_u64(&self, mut each: impl FnMut(u64)) -> SharedSlice<'a> {
         let words = self.len / 8;
-        let from = self.ptr.as_ptr().cast::<u64>();
-        let mut at = 0;
-        // Eight independent loads per turn, so that the loop costs nothing beside them.
-        while at + 8 <= words {
-            // SAFETY: at + 8 <= words.
-            let block: [u64; 8] = std::array::from_fn(|i| unsafe { load(from.add(at + i)) });
-            block.into_iter().for_each(|word| each(u64::from_le(word)));
-            at += 8;
+        let (pieces, rest) = (words / PIECE, words % PIECE);
+        let from = self.ptr.as_ptr().cast::<[u64; PIECE]>();
+        let mut piece = [0; PIECE];
+        for at in 0..pieces {
+            // By wide loads, whatever is then done with the words.
+            // SAFETY: so many pieces lie inside, and `piece` is one.
+            unsafe { shm::copy_from_shared(from.add(at).cast(), piece.as_mut_ptr().cast(), PIECE * 8) };
+            piece.into_iter().for_each(|word| each(u64::from_le(word)));
         }
-        while at < words {
+        for at in words - rest..words {
             // SAFETY: at < words.
-            each(u64::from_le(unsafe { load(from.add(at)) }));
-            at += 1;
+            each(u64::from_le(unsafe { load(from.cast::<u64>().add(at)) }));
         }
         self.slice(words * 8..)
     }
@@ -328,40 +327,38 @@ impl<'a> SharedSlice<'a> {
     pub fn fill_u64_with(&self, mut next: impl FnMut() -> u64) -> SharedSlice<'a> {
         let words = self.len / 8;
         let to = self.ptr.as_ptr();
-        // Where plain stores are slow, whole lines go past the caches: what is generated is written once, and read by
-        // somebody else.
-        let measure = self.memory.fills.start(self.len);
-        let stream = to.cast::<u64>().is_aligned() && measure.streams();
-        let mut piece = [0u64; FILL_PIECE];
-        let mut at = 0;
-        while at < words {
-            let to = to.wrapping_add(at * 8);
-            // Pieces end at the end of a line, so that no line is written in two.
-            let before = to.addr() % 64 / 8;
-            let piece = &mut piece[..(FILL_PIECE - before).min(words - at)];
-            piece.fill_with(|| next().to_le());
-            let (from, len) = (piece.as_ptr().cast(), piece.len() * 8);
-            // SAFETY: the piece's words end at `words` at the latest, which lies inside; aligned where that is asked for.
-            unsafe {
-                if stream {
-                    shm::stream_to_shared(from, to, len);
-                } else {
-                    shm::copy_to_shared(CopyMethod::Plain, from, to, len);
-                }
-            }
-            at += piece.len();
+        // Whole lines go by the widest stores, and where plain ones are slow past the caches: what is generated is written
+        // once, and read by somebody else.
+        let head = if to.cast::<u64>().is_aligned() { (to.align_offset(64) / 8).min(words) } else { words };
+        let lines = (words - head) / 8;
+        let tail = head + lines * 8;
+        for at in 0..head {
+            // SAFETY: at < words.
+            unsafe { store(to.cast::<u64>().add(at), next().to_le()) }
         }
-        if stream {
-            shm::end_of_stream();
+        let measure = self.memory.fills.start(lines * 64);
+        let line = || std::array::from_fn(|_| next().to_le());
+        // SAFETY: the lines lie inside, and their start is aligned; the stream is ended before anything else is stored.
+        unsafe {
+            let to = to.add(head * 8);
+            if measure.streams() {
+                wide::stream_lines(to, lines, line);
+                shm::end_of_stream();
+            } else {
+                wide::store_lines(to, lines, line);
+            }
         }
         self.memory.fills.end(&measure);
+        for at in tail..words {
+            // SAFETY: at < words.
+            unsafe { store(to.cast::<u64>().add(at), next().to_le()) }
+        }
         self.slice(words * 8..)
     }
 }
 
-/// Words that [`SharedSlice::fill_u64_with`] makes before it stores them: few, so that the processor makes the next ones
-/// while it stores these.
-const FILL_PIECE: usize = 64;
+/// Words that [`SharedSlice::for_each_u64`] loads at a time.
+const PIECE: usize = 64;
 
 impl fmt::Debug for SharedSlice<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
