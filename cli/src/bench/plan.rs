@@ -14,9 +14,12 @@ pub enum Case {
     /// One-way latency of a 14-byte message while both sides poll
     #[value(name = "latency-14")]
     Latency14,
-    /// One-way latency of a 14-byte message to a receiver that sleeps
+    /// Half a round trip of 14 bytes, asked after a silence in which the receiver has fallen asleep
     #[value(name = "latency-14-sleep")]
     Latency14Sleep,
+    /// The same with no silence, both sides made to sleep at once whenever they wait
+    #[value(name = "latency-14-both-sleep")]
+    Latency14BothSleep,
     /// 100-byte requests answered by 100 bytes, one at a time
     #[value(name = "rate-100")]
     Rate100,
@@ -115,8 +118,10 @@ impl Site {
 pub enum Wait {
     /// It looks again and again and never sleeps.
     Poll,
-    /// It sleeps at once.
+    /// Both sleep at once.
     Sleep,
+    /// Before each request there is silence until whoever waits for it sleeps; else as [`Normal`](Wait::Normal).
+    Silence,
     /// As the transport does when nobody tells it otherwise.
     Normal,
 }
@@ -223,7 +228,8 @@ impl Case {
     pub fn work(self) -> Option<(Work, Unit)> {
         Some(match self {
             Case::Latency14 => (Work::PingPong { bytes: 14, wait: Wait::Poll }, Unit::Nanoseconds),
-            Case::Latency14Sleep => (Work::PingPong { bytes: 14, wait: Wait::Sleep }, Unit::Nanoseconds),
+            Case::Latency14Sleep => (Work::PingPong { bytes: 14, wait: Wait::Silence }, Unit::Nanoseconds),
+            Case::Latency14BothSleep => (Work::PingPong { bytes: 14, wait: Wait::Sleep }, Unit::Nanoseconds),
             Case::Rate100 => (Work::PingPong { bytes: 100, wait: Wait::Normal }, Unit::PerSecond),
             Case::Stream64k => (Work::Stream { bytes: 64 << 10 }, Unit::GigabytesPerSecond),
             Case::Produce64k => (Work::Produce { bytes: 64 << 10 }, Unit::GigabytesPerSecond),
@@ -271,6 +277,8 @@ impl Transport {
                 Cacheline => bytes <= 56,
                 DmbridgeInplace | Memcpy => false,
             },
+            // Its own program knows no silence.
+            Work::PingPong { wait: Wait::Silence, .. } if self == Ucx => false,
             Work::PingPong { .. } => {
                 matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock)
             }

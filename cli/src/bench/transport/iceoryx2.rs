@@ -82,7 +82,7 @@ impl End {
             .create()
             .map_err(plain)?;
         let subscriber = service(inward)?.subscriber_builder().create().map_err(plain)?;
-        let sleeps = matches!(job.work, Work::PingPong { wait: Wait::Sleep, .. });
+        let sleeps = matches!(job.work, Work::PingPong { wait: Wait::Sleep | Wait::Silence, .. });
         let events = sleeps
             .then(|| -> Result<_> {
                 let notifier = event(out)?.notifier_builder().create().map_err(plain)?;

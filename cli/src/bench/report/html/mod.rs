@@ -19,7 +19,7 @@ pub fn write(run: &Run, file: &Path) -> Result<()> {
 }
 
 /// What a case is called, and what is measured in it.
-const CASES: [(Case, &str, &str); 7] = [
+const CASES: [(Case, &str, &str); 8] = [
     (
         Case::Latency14,
         "Latency, both polling",
@@ -28,7 +28,13 @@ const CASES: [(Case, &str, &str); 7] = [
     (
         Case::Latency14Sleep,
         "Latency, receiver asleep",
-        "14 bytes one way to a receiver that sleeps and has to be woken. Less is better.",
+        "14 bytes one way: half of a round trip, asked after 200 µs of silence, in which the receiver has fallen asleep and has to be \
+         woken. The asking side waits as it does by default. Less is better.",
+    ),
+    (
+        Case::Latency14BothSleep,
+        "Latency, both asleep",
+        "14 bytes one way: half of a round trip, both sides made to sleep whenever they wait. Less is better.",
     ),
     (
         Case::Rate100,
