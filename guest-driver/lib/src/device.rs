@@ -27,6 +27,7 @@ use crate::transport::pci::{Pci, PciAddress};
 use crate::transport::vhost_user::VhostUser;
 use crate::virtqueue::{Layout, Virtqueue};
 use crate::wait::{Awaited, DEFAULT_SPIN};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -725,6 +726,11 @@ impl Port for Core {
 
     fn is_connected(&self) -> bool {
         !self.is_lost()
+    }
+
+    fn daemon(&self) -> Option<i32> {
+        let hangup = self.transport.hangup();
+        getsockopt(&hangup, PeerCredentials).ok().map(|peer| peer.pid()).filter(|pid| *pid > 0)
     }
 }
 

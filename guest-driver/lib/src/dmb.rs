@@ -24,6 +24,10 @@ pub(crate) trait Port: Send + Sync {
     fn ring(&self, token: Token) -> Result<(), Error>;
     /// Whether the device is still connected.
     fn is_connected(&self) -> bool;
+    /// The daemon's process, if this process can tell.
+    fn daemon(&self) -> Option<i32> {
+        None
+    }
 }
 
 /// A control line in memory that stays as long as this.
@@ -297,6 +301,16 @@ impl Dmb {
             state.notify();
         }
         result
+    }
+
+    /// Whether both sides are processes of this host, as far as they say.
+    pub(crate) fn is_of_a_process(&self) -> bool {
+        self.state.flags.contains(PairFlags::FUTEX)
+    }
+
+    /// The daemon's process, if this process can tell.
+    pub(crate) fn daemon(&self) -> Option<i32> {
+        self.port.daemon()
     }
 
     /// Why nothing will come any more.

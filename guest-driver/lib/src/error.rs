@@ -67,6 +67,17 @@ pub enum Error {
     /// The other end of a stream broke SMC-D's protocol; the stream is of no use any more.
     #[error(transparent)]
     Protocol(#[from] crate::proto::smc::ring::CursorViolation),
+    /// The other end of a channel broke the protocol of messages; the channel is of no use any more.
+    #[error("the peer broke the protocol of messages: {0}")]
+    Peer(&'static str),
+    /// A message does not fit into the buffer.
+    #[error("a message of {len} bytes does not fit into a buffer of {size} bytes")]
+    MessageTooLong {
+        /// The message's length, in bytes.
+        len: usize,
+        /// The buffer's size, in bytes.
+        size: usize,
+    },
     /// The daemon closed the connection or died. Mapped memory stays, nothing new can be asked.
     #[error("the connection to the daemon is lost")]
     Disconnected,
@@ -103,8 +114,10 @@ impl From<Error> for io::Error {
         let kind = match &error {
             Error::Os { source, .. } | Error::Connect { source, .. } => source.kind(),
             Error::Closed => io::ErrorKind::BrokenPipe,
-            Error::PeerGone | Error::Disconnected | Error::Protocol(_) => io::ErrorKind::ConnectionReset,
-            Error::OutOfBounds(_) => io::ErrorKind::InvalidInput,
+            Error::PeerGone | Error::Disconnected | Error::Protocol(_) | Error::Peer(_) => {
+                io::ErrorKind::ConnectionReset
+            }
+            Error::OutOfBounds(_) | Error::MessageTooLong { .. } => io::ErrorKind::InvalidInput,
             _ => io::ErrorKind::Other,
         };
         io::Error::new(kind, error)

@@ -5,7 +5,7 @@
 //! [`Dmb`] for one of them and tells it the token. The other [attaches](Device::attach) it and writes: its stores
 //! are the reader's data. Where one of the two cannot map, the writer [moves](Device::mover): the device copies. Who
 //! does not care which takes a [sender](Device::sender). A [signal](RemoteDmb::signal) tells the reader, and wakes
-//! it if it sleeps. Over two DMBs stands a [byte stream](stream).
+//! it if it sleeps. Over two DMBs stands a [byte stream](stream), or a [channel of messages](message).
 //!
 //! ```no_run
 #![doc = include_str!("../examples/exchange.rs")]
@@ -33,6 +33,7 @@ use dmbridge_proto as proto;
 
 #[cfg(feature = "tokio")]
 pub mod asynchronous;
+mod cma;
 mod control;
 mod device;
 mod dmb;
@@ -41,6 +42,7 @@ mod events;
 mod fills;
 mod fork;
 mod mapping;
+pub mod message;
 mod mover;
 mod moves;
 mod ram;

@@ -49,6 +49,8 @@ pub struct Receiver {
 struct Ends {
     local: Dmb,
     remote: RemoteDmb,
+    /// Bytes at the end of both DMBs that are not the stream's.
+    tail: usize,
 }
 
 impl Ends {
@@ -83,8 +85,8 @@ fn cdc(memory: &SharedMemory) -> &CdcMessage {
     unsafe { CdcMessage::from_ptr(memory.as_ptr()) }
 }
 
-fn ring_size(memory: &SharedMemory) -> u32 {
-    u32::try_from(memory.len() - CDC_SIZE).unwrap_or(1 << 31).min(1 << 31)
+fn ring_size(memory: &SharedMemory, tail: usize) -> u32 {
+    u32::try_from(memory.len() - CDC_SIZE - tail).unwrap_or(1 << 31).min(1 << 31)
 }
 
 #[inline]
@@ -96,9 +98,14 @@ impl DmbStream {
     /// A stream that reads from `local` and writes into `remote`; the peer does the reverse. Both DMBs are fresh: zeroed
     /// by the device and untouched since.
     pub fn new(local: Dmb, remote: RemoteDmb) -> DmbStream {
-        let receive = ring_size(local.memory());
-        let send = ring_size(remote.memory());
-        let ends = Arc::new(Ends { local, remote });
+        DmbStream::with_tail(local, remote, 0)
+    }
+
+    /// A stream that leaves the last `tail` bytes of both DMBs alone. They are larger than that by 64 bytes at least.
+    pub(crate) fn with_tail(local: Dmb, remote: RemoteDmb, tail: usize) -> DmbStream {
+        let receive = ring_size(local.memory(), tail);
+        let send = ring_size(remote.memory(), tail);
+        let ends = Arc::new(Ends { local, remote, tail });
         ends.outgoing().init();
         DmbStream {
             sender: Sender { ends: ends.clone(), ring: Producer::new(send), state: StateFlags::empty() },
@@ -212,6 +219,22 @@ impl Sender {
     pub fn finish(&mut self) -> Result<(), Error> {
         self.state |= StateFlags::PEER_DONE_WRITING;
         self.publish(ProducerFlags::empty())
+    }
+
+    /// The DMB that the peer writes.
+    pub(crate) fn local(&self) -> &Dmb {
+        &self.ends.local
+    }
+
+    /// The DMB that this side writes.
+    pub(crate) fn remote(&self) -> &RemoteDmb {
+        &self.ends.remote
+    }
+
+    /// Whether the peer has closed the stream.
+    pub(crate) fn is_closed(&self) -> bool {
+        let state = self.ends.incoming().load_prod().state;
+        state.intersects(StateFlags::PEER_CONN_CLOSED | StateFlags::PEER_CONN_ABORT)
     }
 
     #[inline]
@@ -357,8 +380,18 @@ impl Receiver {
         Ok(())
     }
 
+    /// The DMB that the peer writes.
+    pub(crate) fn local(&self) -> &Dmb {
+        &self.ends.local
+    }
+
+    /// The DMB that this side writes.
+    pub(crate) fn remote(&self) -> &RemoteDmb {
+        &self.ends.remote
+    }
+
     fn threshold(&self) -> u32 {
-        ring_size(self.ends.local.memory()) / 4
+        ring_size(self.ends.local.memory(), self.ends.tail) / 4
     }
 
     #[inline]

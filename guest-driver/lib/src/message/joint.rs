@@ -1,0 +1,208 @@
+//! A copy that two processes do together, in chunks that either claims: the receiver reads from the sender's memory, and the
+//! sender, if it has nothing else to do, writes into the receiver's. What they need to know of one another for that lies in
+//! the last page of the receiver's DMB, which both have mapped.
+//!
+//! | offset | size | written by | what |
+//! | --- | --- | --- | --- |
+//! | 0 | 8 | both | number of the offer (upper half), and the next chunk to claim |
+//! | 64 | 8 | receiver | the offer that was taken last (upper half), and how |
+//! | 128 | 8 | receiver | the offer whose destination is known (upper half), and in how many pieces it is |
+//! | 192 | 8 | sender | the offer that it helps with (upper half), and how many chunks it has copied |
+//! | 200 | 8 | sender | the same offer, and the chunk that it could not copy, counted from 1 |
+//! | 256 | 16 each | receiver | the pieces of the destination: address and length |
+//!
+//! Either can write nonsense there. Then a message arrives wrong, or not at all; and no more, because only who could have
+//! done that by itself is let into the other's memory (`cma`).
+
+use crate::shared::SharedMemory;
+use libc::iovec;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Size of all of it, in bytes.
+pub(super) const SIZE: usize = 4096;
+/// The most bytes that are claimed at once.
+pub(super) const CHUNK: usize = 128 << 10;
+
+const CLAIM: usize = 0;
+const TAKEN: usize = 64;
+const READY: usize = 128;
+const HELPED: usize = 192;
+const FAILED: usize = 200;
+const PIECES: usize = 256;
+/// The most pieces of a destination that a sender can write into.
+const MAX_PIECES: usize = (SIZE - PIECES) / 16;
+
+/// How an offer was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// All bytes were copied.
+    Copied,
+    /// They could not be: they are to be sent.
+    Refused,
+}
+
+/// The page.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Joint<'a> {
+    memory: &'a SharedMemory,
+    start: usize,
+}
+
+fn word(number: u32, low: u32) -> u64 {
+    u64::from(number) << 32 | u64::from(low)
+}
+
+/// The lower half, if the upper one is this number.
+fn of(number: u32, word: u64) -> Option<u32> {
+    ((word >> 32) as u32 == number).then_some(word as u32)
+}
+
+/// How many chunks so many bytes are.
+pub(super) fn chunks(len: usize) -> u32 {
+    len.div_ceil(CHUNK) as u32
+}
+
+impl<'a> Joint<'a> {
+    /// At the end of this DMB.
+    pub(super) fn of(memory: &'a SharedMemory) -> Joint<'a> {
+        Joint { memory, start: memory.len() - SIZE }
+    }
+
+    fn at(self, offset: usize) -> &'a AtomicU64 {
+        self.memory.atomic_u64(self.start + offset)
+    }
+
+    /// Receiver: opens an offer to be copied; to be copied by the sender as well if the destination is in few enough
+    /// pieces.
+    pub(super) fn open(self, number: u32, destination: &[iovec]) {
+        self.at(CLAIM).store(word(number, 0), Ordering::Release);
+        if destination.len() > MAX_PIECES {
+            return;
+        }
+        for (i, piece) in destination.iter().enumerate() {
+            self.at(PIECES + 16 * i).store(piece.iov_base.addr() as u64, Ordering::Relaxed);
+            self.at(PIECES + 16 * i + 8).store(piece.iov_len as u64, Ordering::Relaxed);
+        }
+        self.at(READY).store(word(number, destination.len() as u32), Ordering::Release);
+    }
+
+    /// Sender: the destination of an offer, if it can be written into.
+    pub(super) fn destination(self, number: u32) -> Option<Vec<iovec>> {
+        let count = of(number, self.at(READY).load(Ordering::Acquire))? as usize;
+        let piece = |i: usize| iovec {
+            iov_base: std::ptr::without_provenance_mut(
+                self.at(PIECES + 16 * i).load(Ordering::Relaxed) as usize
+            ),
+            iov_len: self.at(PIECES + 16 * i + 8).load(Ordering::Relaxed) as usize,
+        };
+        (count <= MAX_PIECES).then(|| (0..count).map(piece).collect())
+    }
+
+    /// Both: a chunk to copy, of so many; `None` if all are claimed, or nobody may claim any more.
+    pub(super) fn claim(self, number: u32, chunks: u32) -> Option<u32> {
+        let mut seen = self.at(CLAIM).load(Ordering::Acquire);
+        loop {
+            let chunk = of(number, seen).filter(|chunk| *chunk < chunks)?;
+            let next = word(number, chunk + 1);
+            match self.at(CLAIM).compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(chunk),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Receiver: nobody may claim any more. How many were claimed, of so many.
+    pub(super) fn close(self, number: u32, chunks: u32) -> u32 {
+        let seen = self.at(CLAIM).swap(word(number, u32::MAX), Ordering::AcqRel);
+        of(number, seen).map_or(chunks, |claimed| claimed.min(chunks))
+    }
+
+    /// Sender: it has copied so many chunks of an offer.
+    pub(super) fn set_helped(self, number: u32, chunks: u32) {
+        self.at(HELPED).store(word(number, chunks), Ordering::Release);
+    }
+
+    /// Sender: it has claimed a chunk and cannot copy it.
+    pub(super) fn set_failed(self, number: u32, chunk: u32) {
+        self.at(FAILED).store(word(number, chunk + 1), Ordering::Release);
+    }
+
+    /// Receiver: how many chunks the sender has copied.
+    pub(super) fn helped(self, number: u32) -> u32 {
+        of(number, self.at(HELPED).load(Ordering::Acquire)).unwrap_or(0)
+    }
+
+    /// Receiver: the chunk that the sender could not copy.
+    pub(super) fn failed(self, number: u32) -> Option<u32> {
+        of(number, self.at(FAILED).load(Ordering::Acquire))?.checked_sub(1)
+    }
+
+    /// Receiver: the offer is done with.
+    pub(super) fn set_taken(self, number: u32, taken: Taken) {
+        let low = if taken == Taken::Copied { 1 } else { 2 };
+        self.at(TAKEN).store(word(number, low), Ordering::Release);
+    }
+
+    /// Sender: whether the offer is done with, and how.
+    pub(super) fn taken(self, number: u32) -> Option<Taken> {
+        match of(number, self.at(TAKEN).load(Ordering::Acquire))? {
+            1 => Some(Taken::Copied),
+            2 => Some(Taken::Refused),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shared::tests::memory;
+
+    #[test]
+    fn two_that_claim_get_each_chunk_once() {
+        let memory = memory(2 * SIZE);
+        for number in 1..200 {
+            let joint = Joint::of(&memory);
+            joint.open(number, &[]);
+            let claims = || std::iter::from_fn(|| joint.claim(number, 37)).collect::<Vec<_>>();
+            let mut all = std::thread::scope(|scope| {
+                let other = scope.spawn(claims);
+                let mut all = claims();
+                all.extend(other.join().unwrap());
+                all
+            });
+            all.sort_unstable();
+            assert!(all.iter().copied().eq(0..37));
+        }
+    }
+
+    #[test]
+    fn after_the_end_nothing_is_claimed_and_what_was_is_known() {
+        let memory = memory(2 * SIZE);
+        let joint = Joint::of(&memory);
+        joint.open(7, &[]);
+        assert_eq!((joint.claim(7, 10), joint.claim(7, 10)), (Some(0), Some(1)));
+        assert_eq!(joint.claim(6, 10), None, "another offer");
+        assert_eq!(joint.close(7, 10), 2);
+        assert_eq!(joint.claim(7, 10), None);
+        assert_eq!(joint.close(7, 10), 10, "more is never known than there is");
+    }
+
+    #[test]
+    fn what_one_says_of_an_offer_is_not_taken_for_another() {
+        let memory = memory(2 * SIZE);
+        let joint = Joint::of(&memory);
+        let piece = iovec { iov_base: std::ptr::without_provenance_mut(4096), iov_len: 77 };
+        joint.open(1, &[piece]);
+        assert_eq!(joint.destination(1).unwrap()[0].iov_len, 77);
+        assert!(joint.destination(2).is_none());
+        joint.open(2, &[piece; MAX_PIECES + 1]);
+        assert!(joint.destination(2).is_none(), "too many pieces");
+        joint.set_helped(2, 3);
+        joint.set_failed(2, 0);
+        assert_eq!((joint.helped(2), joint.failed(2)), (3, Some(0)));
+        assert_eq!((joint.helped(3), joint.failed(3)), (0, None));
+        joint.set_taken(2, Taken::Refused);
+        assert_eq!((joint.taken(2), joint.taken(3)), (Some(Taken::Refused), None));
+    }
+}
