@@ -119,6 +119,13 @@ impl ControlLine {
         Some(wake)
     }
 
+    /// Sender that rings by a way of its own: counts that it did, or that it had no need to.
+    #[inline]
+    pub fn count(&self, rang: bool) {
+        let counter = if rang { &self.rung } else { &self.suppressed };
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
     /// The word to wait on and to wake: it holds 2 ([`Wake::Futex`]) while the owner sleeps.
     pub fn futex_word(&self) -> &AtomicU32 {
         &self.armed

@@ -174,6 +174,11 @@ impl Dmb {
         self.memory.len()
     }
 
+    /// Whether the peer can map it; else it can only move.
+    pub fn peer_can_map(&self) -> bool {
+        self.state.flags.contains(PairFlags::MAP)
+    }
+
     /// What the peer writes.
     pub fn memory(&self) -> &SharedMemory {
         &self.memory
@@ -421,6 +426,12 @@ impl RemoteDmb {
     /// Size in bytes.
     pub fn size(&self) -> usize {
         self.memory.len()
+    }
+
+    /// Where its control line lies in this process, 64 bytes, for who counts there without this handle. It stays mapped as
+    /// long as the handle.
+    pub fn line_address(&self) -> *mut u8 {
+        self.state.line.futex_word().as_ptr().cast()
     }
 
     /// What the owner reads. Writing there is sending; [`notify`](Self::notify) or [`signal`](Self::signal) tells.

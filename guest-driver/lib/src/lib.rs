@@ -66,7 +66,7 @@ pub use error::{Error, OutOfBounds};
 pub use events::{Event, Events};
 pub use mover::{DmbSender, MoveBuffer, MovePart, Mover, Ticket};
 pub use shared::{SharedMemory, SharedSlice};
-pub use wait::DEFAULT_SPIN;
+pub use wait::{DEFAULT_SPIN, Spinner};
 
 pub use proto::event::GoneReason;
 pub use proto::ids::{Gid, Token};

@@ -73,7 +73,7 @@ pub(crate) enum Awaited {
 /// does, plus a pause if spinning is in vain although the waits are short, because then the awaited one needs the very
 /// CPU that spins.
 #[derive(Debug)]
-pub(crate) struct Spinner {
+pub struct Spinner {
     awaited: Awaited,
     /// The most that a wait may spin, in nanoseconds.
     max: AtomicU64,
@@ -86,6 +86,11 @@ pub(crate) struct Spinner {
 }
 
 impl Spinner {
+    /// One whose waits, for what this host's CPUs do, spin so long at most.
+    pub fn local(max: Duration) -> Spinner {
+        Spinner::new(max, Awaited::Here)
+    }
+
     pub(crate) fn new(max: Duration, awaited: Awaited) -> Spinner {
         let spinner = Spinner {
             awaited,
@@ -99,7 +104,7 @@ impl Spinner {
     }
 
     /// Sets the longest spin, and starts learning anew. On a machine with one CPU nothing spins for what runs there.
-    pub(crate) fn set_max(&self, max: Duration) {
+    pub fn set_max(&self, max: Duration) {
         let in_vain = self.awaited == Awaited::Here && one_cpu();
         let max = if in_vain { 0 } else { u64::try_from(max.as_nanos()).unwrap_or(u64::MAX) };
         self.max.store(max, Ordering::Relaxed);
@@ -109,8 +114,12 @@ impl Spinner {
     }
 
     /// Spins until `ready`; or until the budget is spent, at `deadline`, or when `give_up` says so, which is asked
-    /// now and then. Then the error is when the wait began, for [`slept`](Self::slept).
-    pub(crate) fn spin(
+    /// now and then.
+    ///
+    /// # Errors
+    ///
+    /// When the wait began, for [`slept`](Self::slept): it has to sleep.
+    pub fn spin(
         &self,
         deadline: Option<Instant>,
         mut ready: impl FnMut() -> bool,
@@ -153,7 +162,7 @@ impl Spinner {
     }
 
     /// Learns from a wait that had to sleep and took this long in all.
-    pub(crate) fn slept(&self, total: Duration) {
+    pub fn slept(&self, total: Duration) {
         let max = self.max.load(Ordering::Relaxed);
         if max == 0 {
             return;

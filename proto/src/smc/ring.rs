@@ -100,6 +100,11 @@ impl Consumer {
         self.cons
     }
 
+    /// Size of the ring, in bytes.
+    pub const fn size(&self) -> u32 {
+        self.size
+    }
+
     /// Bytes that may be read.
     pub const fn available(&self) -> u32 {
         self.available

@@ -1,0 +1,126 @@
+//! Runs an unchanged program; its TCP connections to other programs of this host that were started so go over DMBs
+//! (`docs/run.md`).
+
+#[path = "../stats.rs"]
+#[allow(dead_code, reason = "the library counts")]
+mod stats;
+
+use clap::Parser;
+use std::ffi::OsString;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::atomic::Ordering;
+
+/// The preloaded library's file.
+const LIBRARY: &str = "libdmbridge_preload.so";
+
+/// Run an unchanged program; its TCP connections to programs of this host that run like this go over shared memory.
+#[derive(Parser)]
+#[command(name = "dmbridge-run", version)]
+struct Args {
+    /// The daemon's hub socket
+    #[arg(long, env = "DMBRIDGE_HUB", default_value = "/run/dmbridge/hub.sock")]
+    hub: PathBuf,
+    /// Say on standard error why connections stay TCP
+    #[arg(long)]
+    verbose: bool,
+    /// When the program has ended, say on standard error what happened
+    #[arg(long)]
+    stats: bool,
+    /// The library to preload, if it is not where it was installed
+    #[arg(long, env = "DMBRIDGE_PRELOAD", hide = true)]
+    library: Option<PathBuf>,
+    /// The program and its arguments
+    #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true, value_name = "PROGRAM")]
+    program: Vec<OsString>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("dmbridge-run: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<ExitCode, String> {
+    let library = find_library(args)?;
+    let [program, rest @ ..] = &args.program[..] else { return Err("which program?".into()) };
+    let mut command = Command::new(program);
+    command.args(rest).env("DMBRIDGE_HUB", &args.hub);
+    let mut preload = library.into_os_string();
+    if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
+        preload.push(":");
+        preload.push(others);
+    }
+    command.env("LD_PRELOAD", preload);
+    if args.verbose {
+        command.env("DMBRIDGE_RUN_VERBOSE", "1");
+    }
+    if !args.stats {
+        let error = command.exec();
+        return Err(format!("cannot run {}: {error}", program.display()));
+    }
+    let file = Counters::new()?;
+    command.env(stats::ENVIRONMENT, &file.path);
+    let status = command.status().map_err(|error| format!("cannot run {}: {error}", program.display()))?;
+    file.show();
+    Ok(match (status.code(), status.signal()) {
+        (Some(code), _) => ExitCode::from(code as u8),
+        (None, signal) => ExitCode::from(128 + signal.unwrap_or(0) as u8),
+    })
+}
+
+/// Where the library is: named, next to this program, or in the `lib` folder next to its folder.
+fn find_library(args: &Args) -> Result<PathBuf, String> {
+    let own =
+        std::env::current_exe().map_err(|error| format!("cannot find out where this program is: {error}"))?;
+    let folder = own.parent().unwrap_or(Path::new("/"));
+    let places = match &args.library {
+        Some(named) => vec![named.clone()],
+        None => [".", "../lib", "../lib/dmbridge"].map(|place| folder.join(place).join(LIBRARY)).to_vec(),
+    };
+    let found = places.iter().find_map(|place| place.canonicalize().ok().filter(|place| place.is_file()));
+    found.ok_or_else(|| format!("{LIBRARY} was not found in {}; install it there", folder.display()))
+}
+
+/// The counters of all processes that the program becomes.
+struct Counters {
+    path: PathBuf,
+}
+
+impl Counters {
+    fn new() -> Result<Counters, String> {
+        let path = PathBuf::from(format!("/dev/shm/dmbridge-run.{}", std::process::id()));
+        let say = |error| format!("cannot make {}: {error}", path.display());
+        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&path).map_err(say)?;
+        file.set_len(size_of::<stats::Stats>() as u64).map_err(say)?;
+        // Its processes may become other users.
+        let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        file.set_permissions(everybody).map_err(say)?;
+        Ok(Counters { path })
+    }
+
+    fn show(&self) {
+        // SAFETY: set before any thread of this program exists.
+        unsafe { std::env::set_var(stats::ENVIRONMENT, &self.path) };
+        let counters = std::ptr::from_ref(stats::get()).cast::<std::sync::atomic::AtomicU64>();
+        for (i, text) in stats::TEXTS.iter().enumerate() {
+            // SAFETY: as many counters as texts.
+            let value = unsafe { (*counters.add(i)).load(Ordering::Relaxed) };
+            if value != 0 {
+                eprintln!("dmbridge-run: {value:>12} {text}");
+            }
+        }
+    }
+}
+
+impl Drop for Counters {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

@@ -1,0 +1,878 @@
+//! epoll. The kernel's own instances stay what they are, so that nesting, sharing and threads work; what is added is what the
+//! kernel cannot know.
+//!
+//! A moved connection is registered with a token of ours, so that its events can be translated: a byte that was sent to
+//! wake becomes what the ring says. A connection that was active is *hot*: looked at in memory, without the kernel. Before
+//! a thread sleeps it arms every hot one (its peer then sends a byte), and they are hot no more.
+
+use crate::conn::{Conn, State};
+use crate::errno;
+use crate::lock::Lock;
+use crate::real;
+use crate::table::{self, Entry, Kind};
+use dmbridge::Spinner;
+use libc::{
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLEXCLUSIVE, EPOLLHUP, EPOLLIN,
+    EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP, c_int, epoll_event, sigset_t, timespec,
+};
+use std::cell::UnsafeCell;
+use std::ptr::null;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+const IN: u32 = EPOLLIN as u32;
+const OUT: u32 = EPOLLOUT as u32;
+const RDHUP: u32 = EPOLLRDHUP as u32;
+const ALWAYS: u32 = (EPOLLERR | EPOLLHUP) as u32;
+const EDGE: u32 = EPOLLET as u32;
+const ONESHOT: u32 = EPOLLONESHOT as u32;
+const EXCLUSIVE: u32 = EPOLLEXCLUSIVE as u32;
+
+/// The upper half of our tokens; the lower is the descriptor. No address and no small number looks like it.
+const TOKEN: u64 = 0xd3b7_1d6e << 32;
+/// The token of an instance's bell.
+const BELL: u64 = TOKEN | 0xffff_ffff;
+/// So many looks in vain, and a hot connection is armed.
+const IDLE: u32 = 64;
+/// The kernel is asked for everything else at every so many-th wait that needs no kernel.
+const TURNS: u32 = 8;
+
+/// Where a descriptor is registered.
+pub struct Registrations {
+    lock: Lock,
+    inner: UnsafeCell<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// New registrations get our token at once.
+    linked: bool,
+    list: Vec<Registration>,
+}
+
+/// What the program asked an instance to tell it of a descriptor.
+struct Registration {
+    epoll: c_int,
+    events: u32,
+    data: u64,
+    /// The kernel has our token.
+    converted: bool,
+    /// What the kernel was last asked for.
+    kernel: u32,
+    /// A one-shot that has fired.
+    fired: bool,
+    /// What was last told of incoming data, for edges.
+    told: u64,
+    /// That there is room has to be told once, for edges.
+    tell_room: bool,
+    idle: u32,
+}
+
+/// An epoll instance.
+pub struct Set {
+    lock: Lock,
+    hot: UnsafeCell<Vec<c_int>>,
+    /// Instances that are registered in this one.
+    nested: UnsafeCell<Vec<c_int>>,
+    converted: AtomicU32,
+    sleepers: AtomicU32,
+    turn: AtomicU32,
+    /// An eventfd that is registered in it, to wake who sleeps for what only we know; 0: none.
+    bell: AtomicI32,
+    spinner: OnceLock<Spinner>,
+}
+
+// SAFETY: the cells are accessed under the locks.
+unsafe impl Sync for Registrations {}
+// SAFETY: as above.
+unsafe impl Sync for Set {}
+
+impl Default for Registrations {
+    fn default() -> Registrations {
+        // SAFETY: all-zero bytes are a free Lock.
+        Registrations { lock: unsafe { std::mem::zeroed() }, inner: UnsafeCell::default() }
+    }
+}
+
+impl Default for Set {
+    fn default() -> Set {
+        Set {
+            // SAFETY: all-zero bytes are a free Lock.
+            lock: unsafe { std::mem::zeroed() },
+            hot: UnsafeCell::default(),
+            nested: UnsafeCell::default(),
+            converted: AtomicU32::new(0),
+            sleepers: AtomicU32::new(0),
+            turn: AtomicU32::new(0),
+            bell: AtomicI32::new(0),
+            spinner: OnceLock::new(),
+        }
+    }
+}
+
+impl Registrations {
+    fn with<T>(&self, run: impl FnOnce(&mut Inner) -> T) -> T {
+        let _lock = self.lock.take();
+        // SAFETY: under the lock.
+        run(unsafe { &mut *self.inner.get() })
+    }
+
+    /// The descriptor has a new life.
+    pub fn clear(&self) {
+        let old = self.with(std::mem::take);
+        for registration in old.list.iter().filter(|r| r.converted) {
+            if let Some(set) = table::get(registration.epoll).and_then(Entry::set) {
+                set.converted.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// For fork: nobody is inside, from here to `release`.
+    pub fn hold(&self) {
+        std::mem::forget(self.lock.take());
+    }
+
+    /// See `hold`.
+    pub fn release(&self) {
+        self.lock.reset();
+    }
+}
+
+impl Set {
+    fn with_hot<T>(&self, run: impl FnOnce(&mut Vec<c_int>) -> T) -> T {
+        let _lock = self.lock.take();
+        // SAFETY: under the lock.
+        run(unsafe { &mut *self.hot.get() })
+    }
+
+    fn heat(&self, fd: c_int) {
+        self.with_hot(|hot| {
+            if !hot.contains(&fd) {
+                hot.push(fd);
+            }
+        });
+    }
+
+    /// Wakes who sleeps, to look at what is hot.
+    fn ring(&self) {
+        let bell = self.bell.load(Ordering::Acquire);
+        if bell > 0 {
+            let one = 1u64;
+            // SAFETY: 8 bytes into an eventfd.
+            errno::keep(|| unsafe { real::write(bell, (&raw const one).cast(), 8) });
+        }
+    }
+
+    fn answer_bell(&self) {
+        let mut count = 0u64;
+        // SAFETY: 8 bytes out of an eventfd.
+        errno::keep(|| unsafe { real::read(self.bell.load(Ordering::Acquire), (&raw mut count).cast(), 8) });
+    }
+
+    fn make_bell(&self, epoll: c_int) {
+        if self.bell.load(Ordering::Acquire) != 0 {
+            return;
+        }
+        errno::keep(|| {
+            // SAFETY: a new eventfd, registered in the program's instance.
+            unsafe {
+                let bell = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+                let mut event = epoll_event { events: IN | EDGE, u64: BELL };
+                if bell > 0
+                    && real::epoll_ctl(epoll, EPOLL_CTL_ADD, bell, &mut event) == 0
+                    && self.bell.compare_exchange(0, bell, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+                {
+                    return;
+                }
+                real::close(bell);
+            }
+        });
+    }
+
+    /// The instance was closed.
+    pub fn close(&self) {
+        self.with_hot(Vec::clear);
+        self.converted.store(0, Ordering::Release);
+        let bell = self.bell.swap(0, Ordering::AcqRel);
+        if bell > 0 {
+            // SAFETY: our eventfd.
+            errno::keep(|| unsafe { real::close(bell) });
+        }
+    }
+
+    pub fn has_moved(&self) -> bool {
+        self.converted.load(Ordering::Acquire) != 0
+    }
+
+    /// For fork, as [`Registrations::hold`].
+    pub fn hold(&self) {
+        std::mem::forget(self.lock.take());
+    }
+
+    /// See `hold`.
+    pub fn release(&self) {
+        self.lock.reset();
+    }
+
+    fn spinner(&self) -> &Spinner {
+        self.spinner.get_or_init(|| Spinner::local(dmbridge::DEFAULT_SPIN))
+    }
+
+    /// Before somebody sleeps on this instance by way of another call: arms what is hot, or makes the kernel say that
+    /// there is something.
+    pub fn prepare(&self, epoll: c_int) {
+        if self.has_moved() && !self.arm(epoll) {
+            self.ring();
+        }
+    }
+
+    /// Arms everything that is hot: it is not any more. False if something is ready.
+    fn arm(&self, epoll: c_int) -> bool {
+        self.with_hot(|hot| {
+            let mut quiet = true;
+            hot.retain(|&fd| {
+                let Some((entry, conn)) = converted(fd) else { return false };
+                let Some(registrations) = entry.registrations() else { return false };
+                registrations.with(|inner| {
+                    let Some(r) = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted) else {
+                        return false;
+                    };
+                    if r.fired {
+                        return false;
+                    }
+                    r.sync(fd, conn);
+                    conn.arm(fd, r.waits_for(conn));
+                    if r.peek(fd, conn) != 0 {
+                        quiet = false;
+                        return true;
+                    }
+                    r.idle = 0;
+                    false
+                })
+            });
+            quiet
+        })
+    }
+
+    /// Whether something hot is ready.
+    fn any_ready(&self, epoll: c_int) -> bool {
+        self.with_hot(|hot| {
+            hot.iter().any(|&fd| {
+                converted(fd).is_some_and(|(entry, conn)| {
+                    entry.registrations().is_some_and(|registrations| {
+                        registrations.with(|inner| {
+                            inner
+                                .list
+                                .iter()
+                                .any(|r| r.epoll == epoll && r.converted && r.peek(fd, conn) != 0)
+                        })
+                    })
+                })
+            })
+        })
+    }
+
+    /// Tells of what is hot and ready.
+    fn collect(&self, epoll: c_int, to: &mut Out) {
+        self.with_hot(|hot| {
+            let mut at = 0;
+            let mut looked = 0;
+            let all = hot.len();
+            while at < hot.len() && looked < all && !to.is_full() {
+                looked += 1;
+                let fd = hot[at];
+                let keep = converted(fd).and_then(|(entry, conn)| {
+                    entry.registrations()?.with(|inner| {
+                        let r = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted)?;
+                        let events = r.take(fd, conn);
+                        if events != 0 {
+                            r.idle = 0;
+                            to.put(events, r.data);
+                            return (!r.fired).then_some(());
+                        }
+                        r.idle += 1;
+                        if r.idle > IDLE {
+                            r.idle = 0;
+                            r.sync(fd, conn);
+                            conn.arm(fd, r.waits_for(conn));
+                            return (r.peek(fd, conn) != 0).then_some(());
+                        }
+                        Some(())
+                    })
+                });
+                if keep.is_some() {
+                    at += 1;
+                } else {
+                    hot.swap_remove(at);
+                }
+            }
+            // Who was not looked at comes first the next time.
+            if at < hot.len() {
+                hot.rotate_left(at);
+            }
+        });
+    }
+
+    /// Translates what the kernel said, which lies behind what was told already.
+    fn translate(&self, epoll: c_int, to: &mut Out, count: usize) {
+        for i in 0..count {
+            let event = to.raw(i);
+            let (events, token) = (event.events, event.u64);
+            if token == BELL {
+                self.answer_bell();
+                continue;
+            }
+            if token & !0xffff_ffff != TOKEN {
+                to.put(events, token);
+                continue;
+            }
+            let fd = token as u32 as c_int;
+            let Some((entry, conn)) = converted(fd) else { continue };
+            if events & (IN | RDHUP | ALWAYS) != 0 {
+                conn.look(fd);
+            }
+            let Some(registrations) = entry.registrations() else { continue };
+            let told = registrations.with(|inner| {
+                let r = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted)?;
+                if r.fired {
+                    return None;
+                }
+                let (_, ask) = conn.readiness(fd);
+                // The kernel's word counts for what is still TCP, and for the end of the connection.
+                let native = events & (ask as u32 | ALWAYS | RDHUP) & (r.events | ALWAYS);
+                let ours = r.take(fd, conn);
+                if native | ours == 0 && r.events & ONESHOT != 0 {
+                    // It was for us, and the program's shot is not fired.
+                    r.kernel = 0;
+                    r.sync(fd, conn);
+                } else if r.events & ONESHOT != 0 {
+                    r.fired = true;
+                }
+                Some((native | ours, r.data))
+            });
+            let Some((told, data)) = told else { continue };
+            self.heat(fd);
+            if told != 0 {
+                to.merge(told, data);
+            }
+        }
+        to.end();
+    }
+}
+
+/// A descriptor with a linked connection.
+fn converted(fd: c_int) -> Option<(&'static Entry, &'static Conn)> {
+    let entry = table::get(fd)?;
+    let conn = entry.conn()?;
+    (conn.state() == State::Linked || conn.state() == State::Asking).then_some((entry, conn))
+}
+
+impl Registration {
+    /// What is ready of what the program wants, as far as we know it and not the kernel.
+    fn ready(&self, fd: c_int, conn: &Conn) -> u32 {
+        if self.fired || !conn.is_moved() {
+            return 0;
+        }
+        let (ready, _) = conn.readiness(fd);
+        ready as u32 & (self.events & (IN | OUT | RDHUP) | ALWAYS)
+    }
+
+    /// As `take`, without consequences.
+    fn peek(&self, fd: c_int, conn: &Conn) -> u32 {
+        let mut ready = self.ready(fd, conn);
+        if self.events & EDGE != 0 {
+            if self.told == conn.news() {
+                ready &= !(IN | RDHUP | ALWAYS);
+            }
+            if !self.tell_room && !conn.was_full() {
+                ready &= !OUT;
+            }
+        }
+        ready
+    }
+
+    /// What is to be told now.
+    fn take(&mut self, fd: c_int, conn: &Conn) -> u32 {
+        if !conn.is_moved() {
+            return 0;
+        }
+        // Before the look, so that what comes meanwhile is told again.
+        let news = conn.news();
+        let mut ready = self.ready(fd, conn);
+        if self.events & EDGE != 0 {
+            if self.told == news {
+                ready &= !(IN | RDHUP | ALWAYS);
+            }
+            if ready & IN != 0 {
+                self.told = news;
+            }
+            let room = ready & OUT != 0 && (conn.take_full() || self.tell_room);
+            if room {
+                self.tell_room = false;
+            } else {
+                ready &= !OUT;
+            }
+        } else if ready & OUT != 0 {
+            conn.take_full();
+        }
+        if ready != 0 && self.events & ONESHOT != 0 {
+            self.fired = true;
+            self.sync(fd, conn);
+        }
+        ready
+    }
+
+    /// What the peer has to wake for.
+    fn waits_for(&self, conn: &Conn) -> i16 {
+        let mut events = (self.events & (IN | RDHUP)) as i16;
+        if self.events & OUT != 0 && conn.is_full() {
+            events |= libc::POLLOUT;
+        }
+        events
+    }
+
+    /// What the kernel is to be asked for.
+    fn wanted(&self, conn: &Conn) -> u32 {
+        if self.fired {
+            return ONESHOT;
+        }
+        let mut events = self.events;
+        if self.events & OUT != 0 && conn.is_moved() && conn.is_full() {
+            // TCP always has room. What wakes is a byte.
+            if self.events & EDGE == 0 {
+                events &= !OUT;
+            }
+            events |= IN;
+        }
+        events
+    }
+
+    /// Tells the kernel, if it has to know something else.
+    fn sync(&mut self, fd: c_int, conn: &Conn) {
+        let wanted = self.wanted(conn);
+        if wanted != self.kernel {
+            self.kernel = wanted;
+            let mut event = epoll_event { events: wanted, u64: TOKEN | fd as u32 as u64 };
+            // SAFETY: an event.
+            errno::keep(|| unsafe { real::epoll_ctl(self.epoll, EPOLL_CTL_MOD, fd, &mut event) });
+        }
+    }
+}
+
+/// Whether a connection with these registrations can be moved.
+pub fn is_suitable(entry: &Entry) -> bool {
+    entry.registrations().is_none_or(|r| r.with(|inner| inner.list.iter().all(|r| r.events & EXCLUSIVE == 0)))
+}
+
+/// A connection is about to be linked: its registrations get our tokens.
+pub fn convert(fd: c_int, entry: &Entry) {
+    let Some(conn) = entry.conn() else { return };
+    let mut sets = Vec::new();
+    entry.registrations_or_new().with(|inner| {
+        inner.linked = true;
+        for r in inner.list.iter_mut().filter(|r| !r.converted) {
+            let set = table::get(r.epoll).map(Entry::set_or_new);
+            let Some(set) = set else { continue };
+            r.converted = true;
+            // Before the token: who gets it has to know that there are tokens.
+            set.converted.fetch_add(1, Ordering::AcqRel);
+            set.make_bell(r.epoll);
+            r.sync(fd, conn);
+            sets.push(set);
+        }
+    });
+    for set in sets {
+        set.heat(fd);
+        set.ring();
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn epoll_create(size: c_int) -> c_int {
+    // SAFETY: the program's call.
+    made(unsafe { real::epoll_create(size) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn epoll_create1(flags: c_int) -> c_int {
+    // SAFETY: the program's call.
+    made(unsafe { real::epoll_create1(flags) })
+}
+
+fn made(fd: c_int) -> c_int {
+    if let Some(entry) = table::get(fd) {
+        entry.start(fd, Kind::Epoll, false);
+    }
+    fd
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn epoll_ctl(
+    epoll: c_int,
+    operation: c_int,
+    fd: c_int,
+    event: *mut epoll_event,
+) -> c_int {
+    // SAFETY: the program's call.
+    let plain = || unsafe { real::epoll_ctl(epoll, operation, fd, event) };
+    let Some(entry) = table::get(fd) else { return plain() };
+    match entry.kind() {
+        Kind::Socket | Kind::Open | Kind::Conn => {}
+        Kind::Epoll => {
+            let result = plain();
+            if result == 0
+                && operation == EPOLL_CTL_ADD
+                && let Some(outer) = table::get(epoll)
+            {
+                let set = outer.set_or_new();
+                let _lock = set.lock.take();
+                // SAFETY: under the lock.
+                unsafe { (*set.nested.get()).push(fd) };
+            }
+            return result;
+        }
+        _ => return plain(),
+    }
+    if operation != EPOLL_CTL_DEL && event.is_null() {
+        return plain();
+    }
+    let Some(set_entry) = table::get(epoll) else { return plain() };
+    let linked = entry.conn().filter(|conn| conn.state() == State::Linked);
+    let mut heat = false;
+    let result = entry.registrations_or_new().with(|inner| {
+        let at = inner.list.iter().position(|r| r.epoll == epoll);
+        match operation {
+            EPOLL_CTL_ADD => {
+                // SAFETY: the program's event.
+                let (events, data) = unsafe { ((*event).events, (*event).u64) };
+                let mut r = Registration {
+                    epoll,
+                    events,
+                    data,
+                    converted: false,
+                    kernel: events,
+                    fired: false,
+                    told: u64::MAX,
+                    tell_room: true,
+                    idle: 0,
+                };
+                let conn = linked.or_else(|| entry.conn().filter(|_| inner.linked));
+                let result = match conn {
+                    Some(conn) => {
+                        let set = set_entry.set_or_new();
+                        set.converted.fetch_add(1, Ordering::AcqRel);
+                        r.converted = true;
+                        r.kernel = r.wanted(conn);
+                        let mut ours = epoll_event { events: r.kernel, u64: TOKEN | fd as u32 as u64 };
+                        // SAFETY: an event.
+                        let result = unsafe { real::epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &mut ours) };
+                        if result == 0 {
+                            set.make_bell(epoll);
+                            heat = true;
+                        } else {
+                            set.converted.fetch_sub(1, Ordering::AcqRel);
+                        }
+                        result
+                    }
+                    None => {
+                        r.told = 0;
+                        r.tell_room = false;
+                        plain()
+                    }
+                };
+                if result == 0 {
+                    inner.list.retain(|r| r.epoll != epoll);
+                    inner.list.push(r);
+                }
+                result
+            }
+            EPOLL_CTL_MOD => {
+                // SAFETY: the program's event.
+                let (events, data) = unsafe { ((*event).events, (*event).u64) };
+                match at.map(|at| &mut inner.list[at]) {
+                    Some(r) if r.converted => {
+                        let Some(conn) = entry.conn() else { return plain() };
+                        (r.events, r.data, r.fired, r.told, r.tell_room) =
+                            (events, data, false, u64::MAX, true);
+                        r.kernel = r.wanted(conn);
+                        let mut ours = epoll_event { events: r.kernel, u64: TOKEN | fd as u32 as u64 };
+                        heat = true;
+                        // SAFETY: an event.
+                        unsafe { real::epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &mut ours) }
+                    }
+                    Some(r) => {
+                        (r.events, r.data, r.kernel) = (events, data, events);
+                        plain()
+                    }
+                    None => plain(),
+                }
+            }
+            EPOLL_CTL_DEL => {
+                if let Some(at) = at {
+                    let r = inner.list.swap_remove(at);
+                    if r.converted
+                        && let Some(set) = set_entry.set()
+                    {
+                        set.converted.fetch_sub(1, Ordering::AcqRel);
+                    }
+                }
+                plain()
+            }
+            _ => plain(),
+        }
+    });
+    if heat {
+        let set = set_entry.set_or_new();
+        set.heat(fd);
+        if set.sleepers.load(Ordering::SeqCst) != 0 {
+            set.ring();
+        }
+    }
+    result
+}
+
+/// The program's array, filled from its start.
+struct Out {
+    events: *mut epoll_event,
+    most: usize,
+    count: usize,
+    /// Where the kernel put what is being translated.
+    from: usize,
+}
+
+impl Out {
+    fn is_full(&self) -> bool {
+        self.count == self.most
+    }
+
+    fn raw(&self, i: usize) -> epoll_event {
+        // SAFETY: below `most`, which the program promised.
+        unsafe { *self.events.add(self.from + i) }
+    }
+
+    fn put(&mut self, events: u32, data: u64) {
+        // SAFETY: below `most`; never beyond what was read already.
+        unsafe { *self.events.add(self.count) = epoll_event { events, u64: data } };
+        self.count += 1;
+    }
+
+    /// One event for each registration, as from the kernel.
+    fn merge(&mut self, events: u32, data: u64) {
+        for i in 0..self.from.min(self.count) {
+            // SAFETY: below `count`.
+            let there = unsafe { &mut *self.events.add(i) };
+            if there.u64 == data {
+                there.events |= events;
+                return;
+            }
+        }
+        self.put(events, data);
+    }
+
+    fn end(&mut self) {
+        self.from = self.count;
+    }
+}
+
+/// When a wait ends: at once, at some time, never.
+#[derive(Clone, Copy)]
+pub enum Until {
+    Now,
+    Then(Instant),
+    Ever,
+}
+
+impl Until {
+    pub fn from_ms(ms: c_int) -> Until {
+        match ms {
+            0 => Until::Now,
+            1.. => Until::Then(Instant::now() + Duration::from_millis(ms as u64)),
+            _ => Until::Ever,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Null or a timespec.
+    pub unsafe fn from_timespec(time: *const timespec) -> Until {
+        if time.is_null() {
+            return Until::Ever;
+        }
+        // SAFETY: the caller's promise.
+        let time = unsafe { &*time };
+        if time.tv_sec == 0 && time.tv_nsec == 0 {
+            return Until::Now;
+        }
+        let left = Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.clamp(0, 999_999_999) as u32);
+        Instant::now().checked_add(left).map_or(Until::Ever, Until::Then)
+    }
+
+    pub fn deadline(self) -> Option<Instant> {
+        match self {
+            Until::Then(at) => Some(at),
+            _ => None,
+        }
+    }
+
+    pub fn left(self) -> Option<Duration> {
+        match self {
+            Until::Now => Some(Duration::ZERO),
+            Until::Then(at) => Some(at.saturating_duration_since(Instant::now())),
+            Until::Ever => None,
+        }
+    }
+
+    /// For the kernel, rounded up so that no wait ends early.
+    pub fn ms(self) -> c_int {
+        self.left()
+            .map_or(-1, |left| c_int::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(c_int::MAX))
+    }
+
+    pub fn is_over(self) -> bool {
+        self.left().is_some_and(|left| left.is_zero())
+    }
+}
+
+/// The wait. `kernel` is the program's call, to where, at most how many, until when.
+fn wait(
+    epoll: c_int,
+    events: *mut epoll_event,
+    most: c_int,
+    until: Until,
+    kernel: &dyn Fn(*mut epoll_event, c_int, Until) -> c_int,
+) -> c_int {
+    let Some(entry) = table::get(epoll) else { return kernel(events, most, until) };
+    let Ok(room @ 1..) = usize::try_from(most) else { return kernel(events, most, until) };
+    let mut to = Out { events, most: room, count: 0, from: 0 };
+    loop {
+        let set = match entry.set() {
+            Some(set) if set.has_moved() || set.has_nested() => set,
+            _ => {
+                let count = kernel(events, most, until);
+                match entry.set() {
+                    Some(set) if count > 0 && set.has_moved() => {
+                        set.translate(epoll, &mut to, count as usize);
+                        if to.count != 0 || until.is_over() {
+                            return to.count as c_int;
+                        }
+                        continue;
+                    }
+                    _ => return count,
+                }
+            }
+        };
+        let ask = |to: &mut Out, until: Until| {
+            // SAFETY: behind what was put, which is below `most`.
+            let count = kernel(unsafe { events.add(to.count) }, (room - to.count) as c_int, until);
+            if count > 0 {
+                to.from = to.count;
+                set.translate(epoll, to, count as usize);
+            }
+            count
+        };
+        set.collect(epoll, &mut to);
+        if to.count != 0 {
+            if !to.is_full() && set.turn.fetch_add(1, Ordering::Relaxed) % TURNS == 0 {
+                errno::keep(|| ask(&mut to, Until::Now));
+            }
+            return to.count as c_int;
+        }
+        let count = ask(&mut to, Until::Now);
+        if count < 0 {
+            return count;
+        }
+        if to.count != 0 || matches!(until, Until::Now) {
+            return to.count as c_int;
+        }
+        let start = if set.with_hot(|hot| hot.is_empty()) {
+            None
+        } else {
+            match set.spinner().spin(until.deadline(), || set.any_ready(epoll), || false) {
+                Ok(()) => continue,
+                Err(start) => Some(start),
+            }
+        };
+        set.sleepers.fetch_add(1, Ordering::SeqCst);
+        let quiet = set.arm(epoll);
+        set.prepare_nested();
+        let count = if quiet { ask(&mut to, until) } else { 0 };
+        set.sleepers.fetch_sub(1, Ordering::SeqCst);
+        if let Some(start) = start {
+            set.spinner().slept(start.elapsed());
+        }
+        if count < 0 {
+            return count;
+        }
+        if to.count != 0 || (quiet && until.is_over()) {
+            return to.count as c_int;
+        }
+    }
+}
+
+impl Set {
+    fn has_nested(&self) -> bool {
+        let _lock = self.lock.take();
+        // SAFETY: under the lock.
+        unsafe { !(*self.nested.get()).is_empty() }
+    }
+
+    fn prepare_nested(&self) {
+        let nested = {
+            let _lock = self.lock.take();
+            // SAFETY: under the lock.
+            unsafe { (*self.nested.get()).clone() }
+        };
+        for inner in nested {
+            if let Some(set) = table::get(inner).and_then(Entry::set) {
+                set.prepare(inner);
+            }
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn epoll_wait(
+    epoll: c_int,
+    events: *mut epoll_event,
+    most: c_int,
+    timeout: c_int,
+) -> c_int {
+    // SAFETY: the program's array, or a part of it.
+    wait(epoll, events, most, Until::from_ms(timeout), &|at, most, until| unsafe {
+        real::epoll_wait(epoll, at, most, until.ms())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn epoll_pwait(
+    epoll: c_int,
+    events: *mut epoll_event,
+    most: c_int,
+    timeout: c_int,
+    mask: *const sigset_t,
+) -> c_int {
+    // SAFETY: the program's array, or a part of it.
+    wait(epoll, events, most, Until::from_ms(timeout), &|at, most, until| unsafe {
+        real::epoll_pwait(epoll, at, most, until.ms(), mask)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn epoll_pwait2(
+    epoll: c_int,
+    events: *mut epoll_event,
+    most: c_int,
+    timeout: *const timespec,
+    mask: *const sigset_t,
+) -> c_int {
+    // SAFETY: the program's array and timeout.
+    unsafe {
+        wait(epoll, events, most, Until::from_timespec(timeout), &|at, most, until| {
+            let left = until
+                .left()
+                .map(|left| timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+            real::epoll_pwait2(epoll, at, most, left.as_ref().map_or(null(), |left| left), mask)
+        })
+    }
+}

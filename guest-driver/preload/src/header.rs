@@ -1,0 +1,69 @@
+//! The first page of a connection's DMB; the ring of bytes follows. The peer writes it, except for `armed`.
+//!
+//! | offset | size | field | |
+//! | --- | --- | --- | --- |
+//! | 0 | 32 | CDC message | SMC-D's: how far the peer has written here, and read there |
+//! | 64 | 8 | `switch` | 1 + the position in the peer's TCP stream from which on its bytes are in the ring; 0: not yet |
+//! | 72 | 4 | `ready` | 1: the peer's readers know of the ring that this side writes |
+//! | 128 | 4 | `armed` | what the owner wants to be woken for; the owner sets, the peer takes |
+//! | 192 | 8 | `wakes` | bytes that the peer has sent over TCP after `switch`, to wake |
+
+use dmbridge_proto::smc::cdc::CdcMessage;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+/// Size of the header: where the ring starts.
+pub const SIZE: usize = 4096;
+
+/// Wake me when there is data.
+pub const DATA: u32 = 1;
+/// Wake me when there is room.
+pub const ROOM: u32 = 2;
+
+/// A header in a DMB.
+#[repr(C)]
+pub struct Header {
+    pub cdc: CdcMessage,
+    _a: [u64; 4],
+    pub switch: AtomicU64,
+    pub ready: AtomicU32,
+    _b: [u32; 13],
+    pub armed: AtomicU32,
+    _c: [u32; 15],
+    pub wakes: AtomicU64,
+}
+
+const _: () = {
+    assert!(std::mem::offset_of!(Header, switch) == 64);
+    assert!(std::mem::offset_of!(Header, ready) == 72);
+    assert!(std::mem::offset_of!(Header, armed) == 128);
+    assert!(std::mem::offset_of!(Header, wakes) == 192);
+};
+
+impl Header {
+    /// The header at the start of a DMB.
+    ///
+    /// # Safety
+    ///
+    /// A page of memory is mapped at `at` for all of `'a`, aligned to a page, and accessed by atomic operations only.
+    pub unsafe fn at<'a>(at: *mut u8) -> &'a Header {
+        // SAFETY: the caller's promise; any bytes are valid for it.
+        unsafe { &*at.cast::<Header>() }
+    }
+
+    /// Owner: asks to be woken. **Look again after this.** Nobody takes that back: somebody else may sleep by it, and the worst
+    /// is a byte in vain.
+    #[inline]
+    pub fn arm(&self, what: u32) {
+        self.armed.fetch_or(what, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Peer, after it has written: whether the owner is to be woken for this.
+    #[inline]
+    #[must_use = "somebody may have to be woken"]
+    pub fn take(&self, what: u32) -> bool {
+        fence(Ordering::SeqCst);
+        self.armed.load(Ordering::Relaxed) & what != 0
+            && self.armed.fetch_and(!what, Ordering::AcqRel) & what != 0
+    }
+}

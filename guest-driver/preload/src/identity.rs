@@ -1,0 +1,134 @@
+//! What names a connection for both of its ends, without doubt: the cookies of its two sockets, which the kernel gives out
+//! once. A socket's own is an option of it; that of the other end is found by the addresses, the other way round.
+
+use crate::{errno, real};
+use libc::{c_int, sockaddr_storage, socklen_t};
+use std::os::unix::fs::MetadataExt;
+
+/// A connection as this end knows it.
+#[derive(Clone, Copy)]
+pub struct Identity {
+    cookie: u64,
+    /// `AF_INET` or `AF_INET6`.
+    family: u8,
+    local: ([u8; 16], u16),
+    remote: ([u8; 16], u16),
+    device: u32,
+}
+
+/// What both ends know.
+pub type Key = [u8; 32];
+
+const SO_COOKIE: c_int = 57;
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NETLINK_SOCK_DIAG: c_int = 4;
+
+impl Identity {
+    /// Of a connected socket.
+    pub fn of(fd: c_int) -> Option<Identity> {
+        let mut cookie = [0u8; 8];
+        let mut len = 8;
+        // SAFETY: 8 bytes.
+        let got = unsafe {
+            real::getsockopt(fd, libc::SOL_SOCKET, SO_COOKIE, cookie.as_mut_ptr().cast(), &mut len)
+        };
+        if got != 0 {
+            return None;
+        }
+        let (family, local, device) = address(fd, libc::getsockname)?;
+        let (other, remote, _) = address(fd, libc::getpeername)?;
+        (family == other).then(|| Identity {
+            cookie: u64::from_ne_bytes(cookie),
+            family,
+            local,
+            remote,
+            device,
+        })
+    }
+
+    /// What both ends know, if the other end is a socket of this network namespace.
+    pub fn key(&self) -> Option<Key> {
+        let other = self.other_cookie()?;
+        let namespace = std::fs::metadata("/proc/self/ns/net").ok()?.ino();
+        let mut key = *b"tcp-pair........................";
+        key[8..16].copy_from_slice(&namespace.to_le_bytes());
+        key[16..24].copy_from_slice(&self.cookie.min(other).to_le_bytes());
+        key[24..].copy_from_slice(&self.cookie.max(other).to_le_bytes());
+        Some(key)
+    }
+
+    /// Asks the kernel for the socket with these addresses the other way round (`include/uapi/linux/inet_diag.h`).
+    fn other_cookie(&self) -> Option<u64> {
+        const REQUEST: usize = 16 + 56;
+        let mut request = [0u8; REQUEST];
+        request[..4].copy_from_slice(&(REQUEST as u32).to_ne_bytes());
+        request[4..6].copy_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+        request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
+        request[16] = self.family;
+        request[17] = libc::IPPROTO_TCP as u8;
+        request[20..24].copy_from_slice(&u32::MAX.to_ne_bytes());
+        request[24..26].copy_from_slice(&self.remote.1.to_be_bytes());
+        request[26..28].copy_from_slice(&self.local.1.to_be_bytes());
+        request[28..44].copy_from_slice(&self.remote.0);
+        request[44..60].copy_from_slice(&self.local.0);
+        request[60..64].copy_from_slice(&self.device.to_ne_bytes());
+        // Any cookie.
+        request[64..72].copy_from_slice(&[0xff; 8]);
+
+        let mut answer = [0u8; 512];
+        // SAFETY: a socket of our own, and buffers with their lengths.
+        let len = unsafe {
+            let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+            if fd < 0 {
+                return None;
+            }
+            let sent = real::send(fd, request.as_ptr().cast(), request.len(), 0);
+            let len = if sent == REQUEST as isize {
+                errno::outcome(real::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0)).unwrap_or(0)
+            } else {
+                0
+            };
+            real::close(fd);
+            len
+        };
+        let kind = u16::from_ne_bytes([answer[4], answer[5]]);
+        // Header, then inet_diag_msg: family, state, timer, retrans, and the socket's id, which ends with its cookie.
+        if len < 16 + 4 + 48 || kind != SOCK_DIAG_BY_FAMILY {
+            return None;
+        }
+        Some(u64::from_ne_bytes(std::array::from_fn(|i| answer[16 + 4 + 40 + i])))
+    }
+}
+
+type GetAddress = unsafe extern "C" fn(c_int, *mut libc::sockaddr, *mut socklen_t) -> c_int;
+
+/// Family, address, port, and the device of a link-local address.
+fn address(fd: c_int, get: GetAddress) -> Option<(u8, ([u8; 16], u16), u32)> {
+    // SAFETY: all-zero bytes are a sockaddr_storage, which is as long as it says.
+    unsafe {
+        let mut storage: sockaddr_storage = std::mem::zeroed();
+        let mut len = size_of::<sockaddr_storage>() as socklen_t;
+        if get(fd, (&raw mut storage).cast(), &mut len) != 0 {
+            return None;
+        }
+        let mut bytes = [0u8; 16];
+        match c_int::from(storage.ss_family) {
+            libc::AF_INET => {
+                let v4 = *(&raw const storage).cast::<libc::sockaddr_in>();
+                bytes[..4].copy_from_slice(&v4.sin_addr.s_addr.to_ne_bytes());
+                Some((libc::AF_INET as u8, (bytes, u16::from_be(v4.sin_port)), 0))
+            }
+            libc::AF_INET6 => {
+                let v6 = *(&raw const storage).cast::<libc::sockaddr_in6>();
+                let port = u16::from_be(v6.sin6_port);
+                // An IPv4 connection on an IPv6 socket: its other end may be an IPv4 socket.
+                if v6.sin6_addr.s6_addr[..12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff] {
+                    bytes[..4].copy_from_slice(&v6.sin6_addr.s6_addr[12..]);
+                    return Some((libc::AF_INET as u8, (bytes, port), 0));
+                }
+                Some((libc::AF_INET6 as u8, (v6.sin6_addr.s6_addr, port), v6.sin6_scope_id))
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,456 @@
+//! Reading and writing: `read`, `recv`, `write`, `send` and all their forms.
+
+use crate::conn::Conn;
+use crate::errno::{Outcome, give, outcome};
+use crate::iov;
+use crate::table::{self, Entry, Kind};
+use crate::{errno, real, service};
+use libc::{
+    EINVAL, MSG_DONTWAIT, MSG_OOB, c_int, c_void, iovec, loff_t, mmsghdr, msghdr, off_t, size_t, sockaddr,
+    socklen_t, ssize_t, timespec,
+};
+use std::sync::atomic::Ordering;
+
+/// A call for a connection that has to prove itself: the kernel's, counted.
+#[inline]
+fn proving(fd: c_int, entry: &Entry, call: impl FnOnce() -> Outcome) -> Outcome {
+    let result = call();
+    if let Ok(n) = result {
+        let weight = entry.weight.load(Ordering::Relaxed) + table::weight(n);
+        entry.weight.store(weight, Ordering::Relaxed);
+        if weight >= table::PROVEN {
+            service::consider(fd);
+        }
+    }
+    result
+}
+
+/// As above, of a connection that has a state already.
+#[inline]
+fn counted(fd: c_int, conn: &Conn, result: Outcome) -> Outcome {
+    if let Ok(n) = result
+        && conn.is_plain()
+    {
+        let weight = conn.weight.load(Ordering::Relaxed).saturating_add(table::weight(n));
+        conn.weight.store(weight, Ordering::Relaxed);
+        if weight >= conn.threshold.load(Ordering::Relaxed) {
+            service::consider(fd);
+        }
+    }
+    result
+}
+
+/// Receives by the connection's way. `None`: nothing of ours.
+#[inline]
+fn receive<'a>(
+    fd: c_int,
+    flags: c_int,
+    buffers: impl FnOnce() -> Result<&'a [iovec], c_int>,
+    call: impl FnOnce() -> Outcome,
+) -> Outcome {
+    let Some(entry) = table::get(fd) else { return call() };
+    match entry.kind() {
+        Kind::Open => {
+            entry.inside.fetch_add(1, Ordering::SeqCst);
+            if entry.kind() != Kind::Open {
+                entry.inside.fetch_sub(1, Ordering::SeqCst);
+                return receive(fd, flags, buffers, call);
+            }
+            let result = call();
+            entry.inside.fetch_sub(1, Ordering::SeqCst);
+            proving(fd, entry, || result)
+        }
+        Kind::Conn => match entry.conn() {
+            Some(conn) if !conn.is_over() => {
+                let result = conn.recv(fd, buffers, flags, call);
+                counted(fd, conn, result)
+            }
+            _ => call(),
+        },
+        _ => call(),
+    }
+}
+
+/// Sends by the connection's way.
+#[inline]
+fn transmit<'a>(
+    fd: c_int,
+    flags: c_int,
+    buffers: impl FnOnce() -> Result<&'a [iovec], c_int>,
+    call: impl FnOnce() -> Outcome,
+) -> Outcome {
+    let Some(entry) = table::get(fd) else { return call() };
+    match entry.kind() {
+        Kind::Open => {
+            entry.inside.fetch_add(1, Ordering::SeqCst);
+            if entry.kind() != Kind::Open {
+                entry.inside.fetch_sub(1, Ordering::SeqCst);
+                return transmit(fd, flags, buffers, call);
+            }
+            let result = call();
+            entry.inside.fetch_sub(1, Ordering::SeqCst);
+            proving(fd, entry, || result)
+        }
+        Kind::Conn => match entry.conn() {
+            Some(conn) if !conn.is_over() => {
+                let result = conn.send(fd, buffers, flags, call);
+                counted(fd, conn, result)
+            }
+            _ => call(),
+        },
+        _ => call(),
+    }
+}
+
+/// The list of a message.
+///
+/// # Safety
+///
+/// The message is the program's.
+unsafe fn buffers<'a>(message: *const msghdr) -> Result<&'a [iovec], c_int> {
+    // SAFETY: the caller's promise.
+    unsafe { iov::list((*message).msg_iov, (*message).msg_iovlen) }.ok_or(EINVAL)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn read(fd: c_int, to: *mut c_void, len: size_t) -> ssize_t {
+    if !table::is_ours(fd) {
+        // SAFETY: the program's call.
+        return unsafe { real::read(fd, to, len) };
+    }
+    let one = iov::one(to, len);
+    // SAFETY: the program's call.
+    give(receive(fd, 0, || Ok(&one), || outcome(unsafe { real::read(fd, to, len) })))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn __read_chk(fd: c_int, to: *mut c_void, len: size_t, room: size_t) -> ssize_t {
+    if len > room {
+        std::process::abort();
+    }
+    // SAFETY: the program's call.
+    unsafe { read(fd, to, len) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn readv(fd: c_int, to: *const iovec, count: c_int) -> ssize_t {
+    // SAFETY: the program's call, here and below.
+    let call = || outcome(unsafe { real::readv(fd, to, count) });
+    let list = || unsafe { iov::list(to, usize::try_from(count).map_err(|_| EINVAL)?) }.ok_or(EINVAL);
+    give(receive(fd, 0, list, call))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn recv(fd: c_int, to: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
+    // SAFETY: the program's call, here and below.
+    let call = || outcome(unsafe { real::recv(fd, to, len, flags) });
+    if !table::is_ours(fd) {
+        return give(call());
+    }
+    let one = iov::one(to, len);
+    give(receive(fd, flags, || urgent(flags).map(|()| &one[..]), call))
+}
+
+/// Urgent data does not exist in rings.
+fn urgent(flags: c_int) -> Result<(), c_int> {
+    if flags & MSG_OOB != 0 { Err(EINVAL) } else { Ok(()) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn __recv_chk(
+    fd: c_int,
+    to: *mut c_void,
+    len: size_t,
+    room: size_t,
+    flags: c_int,
+) -> ssize_t {
+    if len > room {
+        std::process::abort();
+    }
+    // SAFETY: the program's call.
+    unsafe { recv(fd, to, len, flags) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn recvfrom(
+    fd: c_int,
+    to: *mut c_void,
+    len: size_t,
+    flags: c_int,
+    address: *mut sockaddr,
+    address_len: *mut socklen_t,
+) -> ssize_t {
+    if !table::is_ours(fd) || table::conn(fd).is_none() {
+        // SAFETY: the program's call.
+        let call = || outcome(unsafe { real::recvfrom(fd, to, len, flags, address, address_len) });
+        let one = iov::one(to, len);
+        return give(receive(fd, flags, || Ok(&one), call));
+    }
+    // SAFETY: the program's call. TCP names no sender.
+    let result = unsafe { recv(fd, to, len, flags) };
+    if result >= 0 && !address.is_null() && !address_len.is_null() {
+        // SAFETY: the program's pointer.
+        unsafe { *address_len = 0 };
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn __recvfrom_chk(
+    fd: c_int,
+    to: *mut c_void,
+    len: size_t,
+    room: size_t,
+    flags: c_int,
+    address: *mut sockaddr,
+    address_len: *mut socklen_t,
+) -> ssize_t {
+    if len > room {
+        std::process::abort();
+    }
+    // SAFETY: the program's call.
+    unsafe { recvfrom(fd, to, len, flags, address, address_len) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: the program's call, here and below.
+    let call = || outcome(unsafe { real::recvmsg(fd, message, flags) });
+    if !table::is_ours(fd) {
+        return give(call());
+    }
+    let moved = table::conn(fd).is_some_and(|conn| conn.is_moved());
+    let result = receive(fd, flags, || urgent(flags).and_then(|()| unsafe { buffers(message) }), call);
+    if moved && result.is_ok() {
+        // SAFETY: the program's message.
+        unsafe {
+            (*message).msg_namelen = 0;
+            (*message).msg_controllen = 0;
+            (*message).msg_flags = 0;
+        }
+    }
+    give(result)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn recvmmsg(
+    fd: c_int,
+    messages: *mut mmsghdr,
+    count: u32,
+    flags: c_int,
+    timeout: *mut timespec,
+) -> c_int {
+    if table::conn(fd).is_none_or(|conn| conn.is_over()) {
+        // SAFETY: the program's call.
+        return unsafe { real::recvmmsg(fd, messages, count, flags, timeout) };
+    }
+    let mut done = 0;
+    for i in 0..count.min(1024) as usize {
+        let first = done == 0;
+        let wait = if first || flags & libc::MSG_WAITFORONE == 0 { 0 } else { MSG_DONTWAIT };
+        // SAFETY: the program's array.
+        let message = unsafe { &mut *messages.add(i) };
+        // SAFETY: the program's message.
+        let result = unsafe { recvmsg(fd, &mut message.msg_hdr, flags & !libc::MSG_WAITFORONE | wait) };
+        if result < 0 {
+            return if first { -1 } else { done };
+        }
+        message.msg_len = result as u32;
+        done += 1;
+        if result == 0 {
+            break;
+        }
+    }
+    done
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn write(fd: c_int, from: *const c_void, len: size_t) -> ssize_t {
+    if !table::is_ours(fd) {
+        // SAFETY: the program's call.
+        return unsafe { real::write(fd, from, len) };
+    }
+    let one = iov::one(from, len);
+    // SAFETY: the program's call.
+    give(transmit(fd, 0, || Ok(&one), || outcome(unsafe { real::write(fd, from, len) })))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn writev(fd: c_int, from: *const iovec, count: c_int) -> ssize_t {
+    // SAFETY: the program's call, here and below.
+    let call = || outcome(unsafe { real::writev(fd, from, count) });
+    let list = || unsafe { iov::list(from, usize::try_from(count).map_err(|_| EINVAL)?) }.ok_or(EINVAL);
+    give(transmit(fd, 0, list, call))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn send(fd: c_int, from: *const c_void, len: size_t, flags: c_int) -> ssize_t {
+    // SAFETY: the program's call.
+    let call = || outcome(unsafe { real::send(fd, from, len, flags) });
+    if !table::is_ours(fd) {
+        return give(call());
+    }
+    let one = iov::one(from, len);
+    give(transmit(fd, flags, || urgent(flags).map(|()| &one[..]), call))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn sendto(
+    fd: c_int,
+    from: *const c_void,
+    len: size_t,
+    flags: c_int,
+    address: *const sockaddr,
+    address_len: socklen_t,
+) -> ssize_t {
+    // SAFETY: the program's call.
+    let call = || outcome(unsafe { real::sendto(fd, from, len, flags, address, address_len) });
+    if !table::is_ours(fd) {
+        return give(call());
+    }
+    let one = iov::one(from, len);
+    give(transmit(fd, flags, || urgent(flags).map(|()| &one[..]), call))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: the program's call, here and below.
+    let call = || outcome(unsafe { real::sendmsg(fd, message, flags) });
+    if !table::is_ours(fd) {
+        return give(call());
+    }
+    give(transmit(fd, flags, || urgent(flags).and_then(|()| unsafe { buffers(message) }), call))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn sendmmsg(fd: c_int, messages: *mut mmsghdr, count: u32, flags: c_int) -> c_int {
+    if table::conn(fd).is_none_or(|conn| conn.is_over()) {
+        // SAFETY: the program's call.
+        return unsafe { real::sendmmsg(fd, messages, count, flags) };
+    }
+    let mut done = 0;
+    for i in 0..count.min(1024) as usize {
+        // SAFETY: the program's array.
+        let message = unsafe { &mut *messages.add(i) };
+        // SAFETY: the program's message.
+        let result = unsafe { sendmsg(fd, &message.msg_hdr, flags) };
+        if result < 0 {
+            return if done == 0 { -1 } else { done };
+        }
+        message.msg_len = result as u32;
+        done += 1;
+    }
+    done
+}
+
+/// A file into a connection: read straight into the ring.
+unsafe fn send_file(to: c_int, from: c_int, offset: *mut off_t, count: size_t) -> Option<Outcome> {
+    let conn = table::conn(to).filter(|conn| conn.is_moved())?;
+    // SAFETY: the program's pointer.
+    let mut at = if offset.is_null() { None } else { Some(unsafe { *offset }) };
+    let result = conn.send_from(to, count, &mut |to, len| {
+        // SAFETY: `len` bytes of the ring are writable at `to`.
+        let n = outcome(unsafe {
+            match at {
+                Some(at) => real::pread(from, to.cast(), len, at),
+                None => real::read(from, to.cast(), len),
+            }
+        })?;
+        at = at.map(|at| at + n as off_t);
+        Ok(n)
+    })?;
+    if let Some(at) = at
+        && result.is_ok()
+    {
+        // SAFETY: the program's pointer.
+        unsafe { *offset = at };
+    }
+    Some(result)
+}
+
+/// What a call without buffers comes to if the connection has switched at this very moment: it is made again.
+const AGAIN: c_int = libc::ESTALE;
+
+/// Calls of the kernel that only say how much they moved.
+fn through(fd: c_int, call: impl FnOnce() -> Outcome) -> Outcome {
+    transmit(fd, 0, || Err(AGAIN), call)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn sendfile(to: c_int, from: c_int, offset: *mut off_t, count: size_t) -> ssize_t {
+    if !table::is_ours(to) {
+        // SAFETY: the program's call.
+        return unsafe { real::sendfile(to, from, offset, count) };
+    }
+    loop {
+        // SAFETY: the program's call.
+        let moved = unsafe { send_file(to, from, offset, count) };
+        // SAFETY: the program's call.
+        let call = || outcome(unsafe { real::sendfile(to, from, offset, count) });
+        match moved.unwrap_or_else(|| through(to, call)) {
+            Err(AGAIN) => {}
+            result => return give(result),
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn sendfile64(to: c_int, from: c_int, offset: *mut off_t, count: size_t) -> ssize_t {
+    // SAFETY: the program's call; both offsets have 64 bits.
+    unsafe { sendfile(to, from, offset, count) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn splice(
+    from: c_int,
+    from_offset: *mut loff_t,
+    to: c_int,
+    to_offset: *mut loff_t,
+    len: size_t,
+    flags: u32,
+) -> ssize_t {
+    // SAFETY: the program's call.
+    let call = || outcome(unsafe { real::splice(from, from_offset, to, to_offset, len, flags) });
+    if !table::is_ours(from) && !table::is_ours(to) {
+        return give(call());
+    }
+    let moved = |fd: c_int| table::conn(fd).filter(|conn| conn.is_moved());
+    if let Some(conn) = moved(to) {
+        // SAFETY: `len` bytes of the ring are writable.
+        let mut fill = |to: *mut u8, len: usize| outcome(unsafe { real::read(from, to.cast(), len) });
+        if let Some(result) = conn.send_from(to, len, &mut fill) {
+            return give(result);
+        }
+    }
+    if let Some(conn) = moved(from) {
+        // SAFETY: `len` bytes of the ring are readable.
+        let mut take = |at: *const u8, len: usize| outcome(unsafe { real::write(to, at.cast(), len) });
+        match conn.recv_into(from, len, &mut take) {
+            Some(result) => return give(result),
+            // TCP still has data, and maybe bytes that wake behind it: by way of a buffer.
+            None => {
+                let mut buffer = [0u8; 16384];
+                let most = len.min(buffer.len());
+                // SAFETY: the buffer is as long as that.
+                let got = unsafe { recv(from, buffer.as_mut_ptr().cast(), most, 0) };
+                if got <= 0 {
+                    return got;
+                }
+                let mut done = 0;
+                while done < got as usize {
+                    // SAFETY: so many bytes are in the buffer.
+                    let n = unsafe { real::write(to, buffer.as_ptr().add(done).cast(), got as usize - done) };
+                    if n < 0 && errno::get() != libc::EAGAIN && errno::get() != libc::EINTR {
+                        return if done == 0 { -1 } else { done as ssize_t };
+                    }
+                    done += n.max(0) as usize;
+                }
+                return got;
+            }
+        }
+    }
+    if table::is_ours(to) {
+        return give(through(to, call));
+    }
+    give(receive(from, 0, || Err(AGAIN), call))
+}

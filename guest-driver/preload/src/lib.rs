@@ -1,0 +1,53 @@
+//! What `dmbridge-run` preloads: TCP connections of an unchanged program move over to DMBs, and everything that the program
+//! sees of them stays as it was. How, and what is carried, is in `docs/run.md`.
+//!
+//! The functions of the C library that touch sockets are defined here again. Each looks the descriptor up and is the
+//! real function for whatever is not a TCP connection that proved itself worth the effort.
+
+mod arena;
+mod conn;
+mod epoll;
+mod errno;
+mod header;
+mod identity;
+mod io;
+mod iov;
+mod life;
+mod lock;
+mod poll;
+mod real;
+mod service;
+mod stats;
+mod table;
+mod tcp;
+
+/// Says something to who asked for it (`dmbridge-run --verbose`).
+macro_rules! verbose {
+    ($($words:tt)*) => {
+        if std::env::var_os($crate::VERBOSE).is_some() {
+            eprintln!("dmbridge-run: {}", format_args!($($words)*));
+        }
+    };
+}
+use verbose;
+
+/// Set: say why connections stay TCP.
+const VERBOSE: &str = "DMBRIDGE_RUN_VERBOSE";
+
+extern "C" fn start() {
+    table::init();
+    service::set_process();
+    // SAFETY: the handlers take no arguments. Without memory for them forks go unnoticed; nothing else is left to try.
+    unsafe {
+        libc::pthread_atfork(
+            Some(life::before_fork),
+            Some(life::after_fork_in_parent),
+            Some(life::after_fork_in_child),
+        );
+        libc::atexit(life::at_exit);
+    }
+}
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static START: extern "C" fn() = start;

@@ -1,0 +1,497 @@
+//! How descriptors come, are changed, copied, inherited and closed.
+
+use crate::conn::State;
+use crate::table::{self, Entry, Kind};
+use crate::{arena, errno, real, service, stats, tcp};
+use libc::{
+    AF_INET, AF_INET6, F_DUPFD, F_DUPFD_CLOEXEC, F_SETFL, FIONBIO, FIONREAD, IPPROTO_TCP, O_ASYNC,
+    O_NONBLOCK, SO_RCVLOWAT, SO_ZEROCOPY, SOCK_STREAM, SOL_SOCKET, TCP_CORK, TCP_NODELAY, TCP_ULP, TIOCOUTQ,
+    c_char, c_int, c_ulong, c_void, sockaddr, socklen_t,
+};
+use std::sync::atomic::Ordering;
+
+// ---- coming ------------------------------------------------------------------------------------------------------------
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
+    // SAFETY: the program's call.
+    let fd = unsafe { real::socket(domain, kind, protocol) };
+    let stream = kind & 0xf == SOCK_STREAM
+        && matches!(domain, AF_INET | AF_INET6)
+        && matches!(protocol, 0 | IPPROTO_TCP);
+    if stream && let Some(entry) = table::get(fd) {
+        entry.start(fd, Kind::Socket, false);
+    }
+    fd
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+    // SAFETY: the program's call.
+    let result = unsafe { real::connect(fd, address, len) };
+    if let Some(entry) = table::get(fd).filter(|entry| entry.kind() == Kind::Socket)
+        && (result == 0 || errno::get() == libc::EINPROGRESS)
+    {
+        entry.connected();
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
+    // SAFETY: the program's call.
+    accepted(fd, unsafe { real::accept(fd, address, len) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn accept4(
+    fd: c_int,
+    address: *mut sockaddr,
+    len: *mut socklen_t,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: the program's call.
+    accepted(fd, unsafe { real::accept4(fd, address, len, flags) })
+}
+
+fn accepted(listener: c_int, fd: c_int) -> c_int {
+    let (Some(listener), Some(entry)) = (table::get(listener), table::get(fd)) else { return fd };
+    if listener.kind() == Kind::Other {
+        // One that was inherited: what it is has to be found out once.
+        let tcp = tcp::socket_option(fd, libc::SO_PROTOCOL) == Some(IPPROTO_TCP)
+            && matches!(tcp::socket_option(fd, libc::SO_DOMAIN), Some(AF_INET | AF_INET6));
+        listener.set_kind(if tcp { Kind::Socket } else { Kind::Never });
+    }
+    if listener.kind() == Kind::Socket {
+        entry.start(fd, Kind::Open, false);
+    }
+    fd
+}
+
+// ---- copies ------------------------------------------------------------------------------------------------------------
+
+/// `to` is a copy of `from` from now on.
+fn copied(from: c_int, to: c_int) {
+    let (Some(source), Some(entry)) = (table::get(from), table::get(to)) else { return };
+    if from == to || service::is_borrowed() {
+        return;
+    }
+    match source.kind() {
+        Kind::Open | Kind::Conn => match service::conn_of(from, source) {
+            Some((index, conn)) => {
+                arena::add_descriptor(index);
+                if let Some(registrations) = entry.registrations() {
+                    registrations.clear();
+                }
+                entry.set_conn(to, index, conn.is_active());
+            }
+            None => {
+                source.set_kind(Kind::Never);
+                entry.start(to, Kind::Never, false);
+            }
+        },
+        // What a copy of a listener or an unconnected socket becomes is not followed; accept finds out.
+        Kind::Socket | Kind::Never => entry.start(to, Kind::Never, false),
+        Kind::Epoll | Kind::Other => {}
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn dup(fd: c_int) -> c_int {
+    // SAFETY: the program's call.
+    let to = unsafe { real::dup(fd) };
+    if to >= 0 {
+        copied(fd, to);
+    }
+    to
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn dup2(from: c_int, to: c_int) -> c_int {
+    if from != to && is_open(from) {
+        closing(to);
+    }
+    // SAFETY: the program's call.
+    let result = unsafe { real::dup2(from, to) };
+    if result >= 0 {
+        copied(from, to);
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn dup3(from: c_int, to: c_int, flags: c_int) -> c_int {
+    if from != to && is_open(from) {
+        closing(to);
+    }
+    // SAFETY: the program's call.
+    let result = unsafe { real::dup3(from, to, flags) };
+    if result >= 0 {
+        copied(from, to);
+    }
+    result
+}
+
+fn is_open(fd: c_int) -> bool {
+    // SAFETY: F_GETFD takes no argument.
+    errno::keep(|| unsafe { real::fcntl(fd, libc::F_GETFD, 0) } >= 0)
+}
+
+// ---- going -------------------------------------------------------------------------------------------------------------
+
+/// A descriptor is about to be closed.
+fn closing(fd: c_int) {
+    let Some(entry) = table::get(fd) else { return };
+    let kind = entry.kind();
+    if kind == Kind::Other || service::is_borrowed() {
+        return;
+    }
+    errno::keep(|| {
+        if let (Kind::Epoll, Some(set)) = (kind, entry.set()) {
+            set.close();
+        }
+        let conn = entry.conn().map(|conn| (entry.conn_index(), conn));
+        if let Some(registrations) = entry.registrations() {
+            registrations.clear();
+        }
+        entry.set_kind(Kind::Other);
+        if let Some((index, conn)) = conn
+            && arena::remove_descriptor(index)
+            && conn.remove_ref()
+        {
+            if conn.close(fd) {
+                tcp::reset_at_close(fd);
+            }
+            service::closed(index, conn);
+        }
+    });
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
+    closing(fd);
+    // SAFETY: the program's call.
+    unsafe { real::close(fd) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
+    const CLOEXEC: c_int = 4;
+    if flags & CLOEXEC == 0 {
+        all_closing(first, last);
+    }
+    // SAFETY: the program's call.
+    unsafe { real::close_range(first, last, flags) }
+}
+
+fn all_closing(first: u32, last: u32) {
+    for (fd, _) in table::all()
+        .filter(|(fd, entry)| (first..=last).contains(&(*fd as u32)) && entry.kind() != Kind::Other)
+    {
+        closing(fd);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn closefrom(first: c_int) {
+    let first = first.max(0) as u32;
+    all_closing(first, u32::MAX);
+    // SAFETY: the program's call.
+    if unsafe { real::close_range(first, u32::MAX, 0) } != 0 {
+        for fd in first..table::limit() {
+            // SAFETY: as above.
+            unsafe { real::close(fd as c_int) };
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn shutdown(fd: c_int, how: c_int) -> c_int {
+    let rest = match table::conn(fd) {
+        Some(conn) if (0..=2).contains(&how) => conn.shutdown(fd, how),
+        _ => Some(how),
+    };
+    match rest {
+        // SAFETY: the program's call.
+        Some(how) => unsafe { real::shutdown(fd, how) },
+        None => 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn fdopen(fd: c_int, mode: *const c_char) -> *mut libc::FILE {
+    if let Some(entry) = table::get(fd).filter(|entry| matches!(entry.kind(), Kind::Open | Kind::Conn)) {
+        // A FILE reads, writes and closes inside of the C library, where nobody sees it.
+        match entry.conn() {
+            Some(conn) => {
+                let _ = conn.change(State::Plain, State::Over);
+            }
+            None => entry.set_kind(Kind::Never),
+        }
+        stats::count(&stats::get().stdio);
+    }
+    // SAFETY: the program's call.
+    unsafe { real::fdopen(fd, mode) }
+}
+
+// ---- settings ----------------------------------------------------------------------------------------------------------
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn fcntl(fd: c_int, command: c_int, arg: c_ulong) -> c_int {
+    // SAFETY: the program's call.
+    changed(fd, command, arg, unsafe { real::fcntl(fd, command, arg) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, arg: c_ulong) -> c_int {
+    // SAFETY: the program's call.
+    changed(fd, command, arg, unsafe { real::fcntl64(fd, command, arg) })
+}
+
+fn changed(fd: c_int, command: c_int, arg: c_ulong, result: c_int) -> c_int {
+    if result < 0 || !table::is_interesting(fd) {
+        return result;
+    }
+    match command {
+        F_DUPFD | F_DUPFD_CLOEXEC => copied(fd, result),
+        F_SETFL => {
+            if let Some(conn) = table::conn(fd) {
+                conn.set_nonblocking(arg as c_int & O_NONBLOCK != 0);
+            }
+            if arg as c_int & O_ASYNC != 0 {
+                stay(fd);
+            }
+        }
+        _ => {}
+    }
+    result
+}
+
+/// The connection stays TCP, if it still is.
+fn stay(fd: c_int) {
+    let Some(entry) = table::get(fd) else { return };
+    match (entry.kind(), entry.conn()) {
+        (Kind::Open, _) => entry.set_kind(Kind::Never),
+        (_, Some(conn)) => {
+            conn.change(State::Plain, State::Over);
+        }
+        _ => {}
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_int {
+    if let Some(conn) = table::conn(fd) {
+        let answer = match request {
+            FIONREAD => conn.readable(fd),
+            TIOCOUTQ => conn.unread(),
+            _ => None,
+        };
+        if let Some(bytes) = answer {
+            // SAFETY: both requests write an int.
+            unsafe { *(arg as *mut c_int) = bytes as c_int };
+            return 0;
+        }
+    }
+    // SAFETY: the program's call.
+    let result = unsafe { real::ioctl(fd, request, arg) };
+    if result == 0
+        && request == FIONBIO
+        && let Some(conn) = table::conn(fd)
+    {
+        // SAFETY: the request has read an int.
+        conn.set_nonblocking(unsafe { *(arg as *const c_int) } != 0);
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn setsockopt(
+    fd: c_int,
+    level: c_int,
+    name: c_int,
+    value: *const c_void,
+    len: socklen_t,
+) -> c_int {
+    if table::is_ours(fd) {
+        let moved = table::conn(fd).filter(|conn| conn.state() == State::Linked);
+        let int = || {
+            // SAFETY: the program's value, of `len` bytes.
+            (len >= 4 && !value.is_null()).then(|| unsafe { value.cast::<c_int>().read_unaligned() })
+        };
+        match (level, name, moved) {
+            (IPPROTO_TCP, TCP_NODELAY | TCP_CORK, Some(conn)) => {
+                if let Some(on) = int() {
+                    let kept = if name == TCP_CORK { &conn.cork } else { &conn.nodelay };
+                    kept.store((on != 0).into(), Ordering::Relaxed);
+                    return 0;
+                }
+            }
+            // Once moved, there is nothing that these could mean to.
+            (SOL_SOCKET, SO_RCVLOWAT, Some(_)) => return 0,
+            (SOL_SOCKET, SO_ZEROCOPY, Some(_)) | (IPPROTO_TCP, TCP_ULP, Some(_)) => {
+                errno::set(libc::ENOPROTOOPT);
+                return -1;
+            }
+            (IPPROTO_TCP, TCP_ULP, None) | (SOL_SOCKET, SO_ZEROCOPY, None) => stay(fd),
+            _ => {}
+        }
+    }
+    // SAFETY: the program's call.
+    unsafe { real::setsockopt(fd, level, name, value, len) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn getsockopt(
+    fd: c_int,
+    level: c_int,
+    name: c_int,
+    value: *mut c_void,
+    len: *mut socklen_t,
+) -> c_int {
+    // SAFETY: the program's call.
+    let result = unsafe { real::getsockopt(fd, level, name, value, len) };
+    if result == 0
+        && level == IPPROTO_TCP
+        && let TCP_NODELAY | TCP_CORK = name
+        && let Some(conn) = table::conn(fd).filter(|conn| conn.state() == State::Linked)
+    {
+        let kept = if name == TCP_CORK { &conn.cork } else { &conn.nodelay };
+        // SAFETY: the kernel has just written `len` bytes there.
+        unsafe {
+            if *len >= 4 {
+                value.cast::<c_int>().write_unaligned(kept.load(Ordering::Relaxed) as c_int);
+            }
+        }
+    }
+    result
+}
+
+// ---- processes ---------------------------------------------------------------------------------------------------------
+
+/// Before a fork: what the child inherits gets a state that both see.
+pub extern "C" fn before_fork() {
+    errno::keep(|| {
+        for (fd, entry) in table::all() {
+            if entry.kind() == Kind::Open && service::conn_of(fd, entry).is_none() {
+                entry.set_kind(Kind::Never);
+            }
+        }
+        for (_, conn) in arena::of_this_process() {
+            conn.add_ref();
+        }
+        hold(true);
+    });
+}
+
+pub extern "C" fn after_fork_in_parent() {
+    hold(false);
+}
+
+pub extern "C" fn after_fork_in_child() {
+    hold(false);
+    service::after_fork();
+}
+
+/// So that no lock is held in the child by a thread that is not there.
+fn hold(on: bool) {
+    for (_, entry) in table::all() {
+        if let Some(set) = entry.set() {
+            if on { set.hold() } else { set.release() }
+        }
+    }
+    for (_, entry) in table::all() {
+        if let Some(registrations) = entry.registrations() {
+            if on { registrations.hold() } else { registrations.release() }
+        }
+    }
+}
+
+/// Runs an `exec` in a child: what it closes is no longer held by two processes.
+fn exec(call: impl FnOnce() -> c_int) -> c_int {
+    if service::is_borrowed() {
+        return call();
+    }
+    let closes = |fd: c_int| {
+        // SAFETY: F_GETFD takes no argument.
+        let flags = unsafe { real::fcntl(fd, libc::F_GETFD, 0) };
+        flags >= 0 && flags & libc::FD_CLOEXEC != 0
+    };
+    let gone: Vec<_> = errno::keep(|| {
+        let all_close = |of: u32| {
+            table::all()
+                .filter(|(_, e)| e.kind() == Kind::Conn && e.conn_index() == of)
+                .all(|(fd, _)| closes(fd))
+        };
+        arena::of_this_process().filter(|(i, conn)| conn.refs() > 1 && all_close(*i)).collect()
+    });
+    for (_, conn) in &gone {
+        conn.remove_ref();
+    }
+    let result = call();
+    for (_, conn) in &gone {
+        conn.add_ref();
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn execve(
+    path: *const c_char,
+    args: *const *const c_char,
+    environment: *const *const c_char,
+) -> c_int {
+    // SAFETY: the program's call.
+    exec(|| unsafe { real::execve(path, args, environment) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn execv(path: *const c_char, args: *const *const c_char) -> c_int {
+    // SAFETY: the program's call.
+    exec(|| unsafe { real::execv(path, args) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn execvp(path: *const c_char, args: *const *const c_char) -> c_int {
+    // SAFETY: the program's call.
+    exec(|| unsafe { real::execvp(path, args) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn execvpe(
+    path: *const c_char,
+    args: *const *const c_char,
+    environment: *const *const c_char,
+) -> c_int {
+    // SAFETY: the program's call.
+    exec(|| unsafe { real::execvpe(path, args, environment) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn fexecve(
+    fd: c_int,
+    args: *const *const c_char,
+    environment: *const *const c_char,
+) -> c_int {
+    // SAFETY: the program's call.
+    exec(|| unsafe { real::fexecve(fd, args, environment) })
+}
+
+impl Entry {
+    /// This process has connected the socket.
+    fn connected(&self) {
+        // It keeps where it is registered already.
+        self.weight.store(0, Ordering::Relaxed);
+        self.set_active();
+        self.set_kind(Kind::Open);
+    }
+}
+
+/// The kernel's word for a process that ends by itself: what it sent through rings is counted.
+pub extern "C" fn at_exit() {
+    for (_, conn) in arena::of_this_process().filter(|(_, conn)| conn.refs() == 1) {
+        let (sent, received) = conn.bytes();
+        stats::get().bytes_sent.fetch_add(sent, Ordering::Relaxed);
+        stats::get().bytes_received.fetch_add(received, Ordering::Relaxed);
+    }
+}

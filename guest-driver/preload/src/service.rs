@@ -1,0 +1,464 @@
+//! The thread that finds the other ends of connections, through the fabric, and gives both their rings. One in each process
+//! that has a candidate; started with the first. Nothing of a program's own calls waits for it.
+//!
+//! Two ends meet by a key (`RENDEZVOUS`), each registers a DMB for the other and says its token (`SIGNAL_EVENT`), each attaches
+//! the other's: then the connection is linked, and its directions switch when they are used next.
+
+use crate::conn::{Conn, Rings, State};
+use crate::header::SIZE;
+use crate::identity::{Identity, Key};
+use crate::lock::Lock;
+use crate::table::{self, Entry, Kind};
+use crate::{arena, epoll, stats, tcp, verbose};
+use dmbridge::{Device, Dmb, Event, Events, Gid, RemoteDmb, Token};
+use dmbridge_proto::shm::CopyPlan;
+use libc::c_int;
+use std::cell::UnsafeCell;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Where the daemon is.
+pub const HUB: &str = "DMBRIDGE_HUB";
+/// And if nobody says it.
+pub const DEFAULT_HUB: &str = "/run/dmbridge/hub.sock";
+
+/// How long one end waits for the other.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// A daemon that was not there is looked for again after so long.
+const RETRY: Duration = Duration::from_secs(5);
+/// Who waited in vain has to do so many times more before it is looked for again.
+const DISCOURAGED: u32 = 64;
+/// Ring of a connection of requests and answers; what is never used of it costs nothing.
+const SMALL: usize = 128 << 10;
+/// Ring of a connection that has brought [`MUCH`].
+const LARGE: usize = 1 << 20;
+const MUCH: u64 = 64 << 10;
+/// What both ends have to speak.
+const VERSION: u8 = 1;
+
+/// Something for the thread to do.
+enum Task {
+    /// Find the other end.
+    Find { index: u32, life: u32, fd: c_int, identity: Identity },
+    /// The last descriptor was closed.
+    Closed { index: u32 },
+}
+
+struct Queue {
+    tasks: Mutex<VecDeque<Task>>,
+    bell: OwnedFd,
+}
+
+struct Service {
+    lock: Lock,
+    /// The process that it is of, and its queue.
+    queue: UnsafeCell<Option<(u32, Arc<Queue>)>>,
+}
+
+// SAFETY: the cell is accessed under the lock.
+unsafe impl Sync for Service {}
+
+// SAFETY: all-zero bytes are a free Lock.
+static SERVICE: Service = Service { lock: unsafe { std::mem::zeroed() }, queue: UnsafeCell::new(None) };
+/// Nothing is asked for before then (ms).
+static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
+/// This process's id; a `vfork` child has another one although it has our memory.
+static PID: AtomicU32 = AtomicU32::new(0);
+
+/// Notes which process this is.
+pub fn set_process() {
+    PID.store(std::process::id(), Ordering::Relaxed);
+}
+
+/// Whether this is a child that borrows its parent's memory: then nothing here may change.
+pub fn is_borrowed() -> bool {
+    std::process::id() != PID.load(Ordering::Relaxed)
+}
+
+/// In a fork's child: the thread is not here.
+pub fn after_fork() {
+    SERVICE.lock.reset();
+    set_process();
+}
+
+fn send(task: Task) -> bool {
+    let _lock = SERVICE.lock.take();
+    // SAFETY: under the lock.
+    let current = unsafe { &mut *SERVICE.queue.get() };
+    let pid = PID.load(Ordering::Relaxed);
+    if current.as_ref().is_none_or(|(of, _)| *of != pid) {
+        if matches!(task, Task::Closed { .. }) {
+            return false;
+        }
+        // A parent's queue is left as it is: a lock in it may be held by a thread that is not here.
+        std::mem::forget(current.take());
+        *current = start().map(|queue| (pid, queue));
+    }
+    let Some((_, queue)) = current else { return false };
+    queue.tasks.lock().unwrap_or_else(PoisonError::into_inner).push_back(task);
+    let one = 1u64;
+    // SAFETY: 8 bytes into an eventfd.
+    unsafe { crate::real::write(queue.bell.as_raw_fd(), (&raw const one).cast(), 8) };
+    true
+}
+
+fn start() -> Option<Arc<Queue>> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: a new descriptor, ours.
+    let bell = unsafe {
+        let fd = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        if fd < 0 {
+            return None;
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    let queue = Arc::new(Queue { tasks: Mutex::default(), bell });
+    let worker = queue.clone();
+    // Signals are the program's.
+    // SAFETY: signal sets of our own.
+    unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let started = std::thread::Builder::new()
+            .name("dmbridge-run".into())
+            .stack_size(256 << 10)
+            .spawn(|| Worker::new(worker).run());
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        started.ok().map(|_| queue)
+    }
+}
+
+/// A connection has proved itself: look for its other end.
+#[cold]
+pub fn consider(fd: c_int) {
+    crate::errno::keep(|| {
+        let Some(entry) = table::get(fd) else { return };
+        entry.weight.store(0, Ordering::Relaxed);
+        if tcp::milliseconds() < NOT_BEFORE.load(Ordering::Relaxed) || is_borrowed() {
+            return;
+        }
+        let Some((index, conn)) = conn_of(fd, entry) else { return };
+        conn.weight.store(0, Ordering::Relaxed);
+        if conn.refs() != 1 {
+            stats::count(&stats::get().shared);
+            return;
+        }
+        if !conn.change(State::Plain, State::Asking) {
+            return;
+        }
+        stats::count(&stats::get().candidates);
+        let suitable = tcp::is_suitable(fd) && epoll::is_suitable(entry);
+        let identity = if suitable { Identity::of(fd) } else { None };
+        let Some(identity) = identity else {
+            stats::count(&stats::get().unsuitable);
+            conn.change(State::Asking, State::Over);
+            return;
+        };
+        let life = conn.life.load(Ordering::Relaxed);
+        if !send(Task::Find { index, life, fd, identity }) {
+            conn.change(State::Asking, State::Over);
+        }
+    });
+}
+
+/// The descriptor's connection, made if it has none yet and no thread is in the kernel for it.
+pub fn conn_of(fd: c_int, entry: &Entry) -> Option<(u32, &'static Conn)> {
+    if let Some(conn) = entry.conn() {
+        return Some((entry.conn_index(), conn));
+    }
+    if entry.kind() != Kind::Open {
+        return None;
+    }
+    let (index, conn) = arena::allocate()?;
+    conn.set_active(entry.is_active());
+    arena::add_descriptor(index);
+    entry.set_conn(fd, index, entry.is_active());
+    fence(Ordering::SeqCst);
+    if entry.inside.load(Ordering::SeqCst) != 0 {
+        // Somebody reads or writes without knowing of it: another time.
+        entry.set_kind(Kind::Open);
+        arena::remove_descriptor(index);
+        conn.free();
+        return None;
+    }
+    Some((index, conn))
+}
+
+/// The last descriptor of all processes was closed.
+pub fn closed(index: u32, conn: &Conn) {
+    match conn.state() {
+        State::Plain | State::Over => conn.free(),
+        _ => {
+            let (sent, received) = conn.bytes();
+            stats::get().bytes_sent.fetch_add(sent, Ordering::Relaxed);
+            stats::get().bytes_received.fetch_add(received, Ordering::Relaxed);
+            conn.orphan();
+            send(Task::Closed { index });
+        }
+    }
+}
+
+/// Two ends that are about to meet.
+struct Meeting {
+    index: u32,
+    life: u32,
+    fd: c_int,
+    key: Key,
+    large: bool,
+    since: Instant,
+    dmb: Option<Dmb>,
+}
+
+/// What keeps a connection's rings.
+struct Held {
+    _local: Dmb,
+    _remote: RemoteDmb,
+}
+
+struct Worker {
+    queue: Arc<Queue>,
+    device: Option<(Device, Events)>,
+    meetings: HashMap<u32, Meeting>,
+    held: HashMap<u32, Held>,
+    next: u32,
+}
+
+impl Worker {
+    fn new(queue: Arc<Queue>) -> Worker {
+        Worker { queue, device: None, meetings: HashMap::new(), held: HashMap::new(), next: 0 }
+    }
+
+    fn run(mut self) {
+        loop {
+            self.wait();
+            loop {
+                let task = self.queue.tasks.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                match task {
+                    Some(Task::Find { index, life, fd, identity }) => self.find(index, life, fd, &identity),
+                    Some(Task::Closed { index }) => self.closed(index),
+                    None => break,
+                }
+            }
+            self.take_events();
+            self.give_up();
+            self.reap();
+        }
+    }
+
+    fn wait(&self) {
+        let events = self.device.as_ref().map_or(-1, |(_, events)| events.as_fd().as_raw_fd());
+        let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut fds = [watch(self.queue.bell.as_raw_fd()), watch(events)];
+        let shared = self.held.keys().any(|i| arena::conn(*i).is_some_and(|conn| conn.refs() > 1));
+        let timeout = match (self.meetings.is_empty(), shared) {
+            (false, _) => 200,
+            (true, true) => 1000,
+            (true, false) => -1,
+        };
+        let mut count = 0u64;
+        // SAFETY: two pollfds; 8 bytes out of an eventfd.
+        unsafe {
+            crate::real::poll(fds.as_mut_ptr(), 2, timeout);
+            crate::real::read(self.queue.bell.as_raw_fd(), (&raw mut count).cast(), 8);
+        }
+    }
+
+    /// The device; connected when it is first needed.
+    fn device(&mut self) -> Option<Device> {
+        if self.device.as_ref().is_some_and(|(device, _)| !device.is_connected()) {
+            // What is mapped stays usable, so what is held is kept.
+            self.device = None;
+            self.meetings.clear();
+        }
+        if self.device.is_none() {
+            let hub = std::env::var(HUB).unwrap_or_else(|_| DEFAULT_HUB.into());
+            match Device::connect(&hub) {
+                Ok(device) if device.can_map() => {
+                    let events = device.events();
+                    self.device = Some((device, events));
+                }
+                Ok(_) => {
+                    verbose!("the daemon at {hub} cannot be mapped by this process: connections stay TCP")
+                }
+                Err(error) => verbose!("{error}: connections stay TCP"),
+            }
+        }
+        self.device.as_ref().map(|(device, _)| device.clone())
+    }
+
+    fn find(&mut self, index: u32, life: u32, fd: c_int, identity: &Identity) {
+        let Some(conn) = arena::conn(index) else { return };
+        let over = |counter: &AtomicU64| {
+            stats::count(counter);
+            conn.change(State::Asking, State::Over);
+        };
+        let Some(key) = identity.key() else { return over(&stats::get().elsewhere) };
+        if uses_io_uring() {
+            return over(&stats::get().io_uring);
+        }
+        let Some(device) = self.device() else {
+            stats::count(&stats::get().no_daemon);
+            NOT_BEFORE.store(tcp::milliseconds() + RETRY.as_millis() as u64, Ordering::Relaxed);
+            conn.change(State::Asking, State::Plain);
+            return;
+        };
+        self.next = self.next.wrapping_add(1);
+        let tag = self.next;
+        let large = tcp::received(fd).is_some_and(|bytes| bytes >= MUCH);
+        self.meetings.insert(tag, Meeting { index, life, fd, key, large, since: Instant::now(), dmb: None });
+        let mut payload = [0u8; 32];
+        payload[..4].copy_from_slice(&tag.to_le_bytes());
+        payload[4] = VERSION;
+        match device.rendezvous(key, tag, payload) {
+            Ok(Some((gid, payload))) => self.met(tag, gid, &payload),
+            Ok(None) => {}
+            Err(error) => {
+                verbose!("{error}");
+                self.meetings.remove(&tag);
+                over(&stats::get().no_daemon);
+            }
+        }
+    }
+
+    fn take_events(&mut self) {
+        loop {
+            let Some((_, events)) = &self.device else { return };
+            match events.try_next() {
+                Ok(Some(Event::Rendezvous { gid, tag, payload })) => self.met(tag, gid, &payload),
+                Ok(Some(Event::Software { from, code, info })) => {
+                    self.told(code, from, Token::from_bits(info))
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => return,
+                Err(_) => {
+                    // The daemon is gone. What is mapped goes on, and new connections are TCP until it is back.
+                    self.fail_all();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The other end of a meeting is there: it gets a DMB to write to.
+    fn met(&mut self, tag: u32, gid: Gid, payload: &[u8; 32]) {
+        let Some((device, _)) = &self.device else { return };
+        let Some(meeting) = self.meetings.get_mut(&tag) else { return };
+        let theirs = u32::from_le_bytes([payload[0], payload[1], payload[2], payload[3]]);
+        let size = SIZE + if meeting.large { LARGE } else { SMALL };
+        let registered = if payload[4] == VERSION { device.register(gid, size).ok() } else { None };
+        let registered = registered.filter(Dmb::peer_can_map);
+        let told = registered.filter(|dmb| device.signal_event(gid, theirs, dmb.token().to_bits()).is_ok());
+        match told {
+            Some(dmb) => meeting.dmb = Some(dmb),
+            None => self.fail(tag, &stats::get().no_memory),
+        }
+    }
+
+    /// The other end told its DMB: both have what they need.
+    fn told(&mut self, tag: u32, from: Gid, token: Token) {
+        let Some((device, _)) = &self.device else { return };
+        let Some(meeting) = self.meetings.get_mut(&tag) else { return };
+        let Some(dmb) = meeting.dmb.take_if(|dmb| dmb.peer() == from) else { return };
+        let remote = match device.attach(token) {
+            Ok(remote) if remote.size() > SIZE && remote.owner() == from => remote,
+            _ => return self.fail(tag, &stats::get().no_memory),
+        };
+        let plan = CopyPlan::from_bytes(device.config().copy_plan);
+        let Some(Meeting { index, life, fd, .. }) = self.meetings.remove(&tag) else { return };
+        let Some(conn) = arena::conn(index) else { return };
+        if conn.life.load(Ordering::Relaxed) != life || table::conn(fd).is_none_or(|c| !std::ptr::eq(c, conn))
+        {
+            return;
+        }
+        if conn.refs() != 1 {
+            // It was inherited meanwhile.
+            stats::count(&stats::get().shared);
+            conn.change(State::Asking, State::Over);
+            return;
+        }
+        let rings = Rings {
+            local: dmb.memory().as_ptr(),
+            local_len: dmb.size(),
+            remote: remote.memory().as_ptr(),
+            remote_len: remote.size(),
+            line: remote.line_address(),
+            plan,
+        };
+        self.held.insert(index, Held { _local: dmb, _remote: remote });
+        // Who is told by the kernel from now on has to be told in our words.
+        for (fd, entry) in table::all() {
+            if entry.conn().is_some_and(|c| std::ptr::eq(c, conn)) {
+                epoll::convert(fd, entry);
+            }
+        }
+        conn.link(fd, &rings);
+        stats::count(&stats::get().linked);
+    }
+
+    fn fail(&mut self, tag: u32, counter: &AtomicU64) {
+        let Some(meeting) = self.meetings.remove(&tag) else { return };
+        if let Some(conn) = arena::conn(meeting.index) {
+            stats::count(counter);
+            conn.change(State::Asking, State::Over);
+        }
+    }
+
+    fn fail_all(&mut self) {
+        for tag in self.meetings.keys().copied().collect::<Vec<_>>() {
+            self.fail(tag, &stats::get().no_daemon);
+        }
+        self.device = None;
+    }
+
+    /// Forgets those whose other end did not come.
+    fn give_up(&mut self) {
+        let late = |(tag, meeting): (&u32, &Meeting)| (meeting.since.elapsed() > PATIENCE).then_some(*tag);
+        for tag in self.meetings.iter().filter_map(late).collect::<Vec<_>>() {
+            let Some(meeting) = self.meetings.remove(&tag) else { continue };
+            if let Some((device, _)) = &self.device {
+                let _ = device.cancel_rendezvous(meeting.key, tag);
+            }
+            if let Some(conn) = arena::conn(meeting.index) {
+                stats::count(&stats::get().alone);
+                conn.threshold.store(
+                    conn.threshold.load(Ordering::Relaxed).saturating_mul(DISCOURAGED),
+                    Ordering::Relaxed,
+                );
+                conn.change(State::Asking, State::Plain);
+            }
+        }
+    }
+
+    fn closed(&mut self, index: u32) {
+        let meeting = self.meetings.iter().find(|(_, m)| m.index == index).map(|(tag, _)| *tag);
+        if let Some(tag) = meeting
+            && let Some(meeting) = self.meetings.remove(&tag)
+            && let Some((device, _)) = &self.device
+        {
+            let _ = device.cancel_rendezvous(meeting.key, tag);
+        }
+        self.held.remove(&index);
+        if let Some(conn) = arena::conn(index) {
+            conn.free();
+        }
+    }
+
+    /// Takes back what other processes closed last.
+    fn reap(&mut self) {
+        let orphan = |i: &u32| arena::conn(*i).is_some_and(|conn| conn.state() == State::Orphan);
+        for index in self.held.keys().copied().filter(orphan).collect::<Vec<_>>() {
+            self.closed(index);
+        }
+    }
+}
+
+/// Whether this process has an io_uring: then reads and writes may happen that nobody here sees.
+fn uses_io_uring() -> bool {
+    let Ok(fds) = std::fs::read_dir("/proc/self/fd") else { return false };
+    fds.flatten()
+        .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[io_uring]"))
+}
