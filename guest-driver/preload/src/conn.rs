@@ -1055,6 +1055,9 @@ impl Conn {
 
     /// What of POLLIN and POLLOUT is so as far as the rings say, and of which of the two the kernel has to be asked.
     pub fn readiness(&self, fd: c_int) -> (i16, i16) {
+        if !self.is_moved() {
+            return (0, libc::POLLIN | libc::POLLOUT);
+        }
         let (mut ready, mut ask) = (0, 0);
         if !self.rx.on_ring.load(Ordering::Acquire) && self.local().switch.load(Ordering::Acquire) != 0 {
             let _lock = self.rx.lock.take();
@@ -1089,6 +1092,9 @@ impl Conn {
 
     /// Asks for a byte that wakes; look again after it.
     pub fn arm(&self, fd: c_int, events: i16) {
+        if !self.is_moved() {
+            return;
+        }
         if self.rx.on_ring.load(Ordering::Acquire) {
             self.settle(fd);
             if !self.has_data()

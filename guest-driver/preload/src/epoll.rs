@@ -380,6 +380,9 @@ impl Registration {
 
     /// As `take`, without consequences.
     fn peek(&self, fd: c_int, conn: &Conn) -> u32 {
+        if !conn.is_moved() {
+            return 0;
+        }
         let mut ready = self.ready(fd, conn);
         if self.events & EDGE != 0 {
             if self.told == conn.news() {
@@ -478,6 +481,8 @@ pub fn convert(fd: c_int, entry: &Entry) {
             // Before the token: who gets it has to know that there are tokens.
             set.converted.fetch_add(1, Ordering::AcqRel);
             set.make_bell(r.epoll);
+            // The same events, but our token.
+            r.kernel = !r.kernel;
             r.sync(fd, conn);
             sets.push(set);
         }

@@ -17,6 +17,7 @@ mod lock;
 mod poll;
 mod real;
 mod service;
+mod settings;
 mod stats;
 mod table;
 mod tcp;
@@ -24,18 +25,17 @@ mod tcp;
 /// Says something to who asked for it (`dmbridge-run --verbose`).
 macro_rules! verbose {
     ($($words:tt)*) => {
-        if std::env::var_os($crate::VERBOSE).is_some() {
+        if $crate::settings::get().verbose {
             eprintln!("dmbridge-run: {}", format_args!($($words)*));
         }
     };
 }
 use verbose;
 
-/// Set: say why connections stay TCP.
-const VERBOSE: &str = "DMBRIDGE_RUN_VERBOSE";
-
 extern "C" fn start() {
     table::init();
+    settings::get();
+    stats::get();
     service::set_process();
     // SAFETY: the handlers take no arguments. Without memory for them forks go unnoticed; nothing else is left to try.
     unsafe {

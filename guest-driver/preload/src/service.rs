@@ -20,11 +20,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Where the daemon is.
-pub const HUB: &str = "DMBRIDGE_HUB";
-/// And if nobody says it.
-pub const DEFAULT_HUB: &str = "/run/dmbridge/hub.sock";
-
 /// How long one end waits for the other.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// A daemon that was not there is looked for again after so long.
@@ -275,8 +270,8 @@ impl Worker {
             self.meetings.clear();
         }
         if self.device.is_none() {
-            let hub = std::env::var(HUB).unwrap_or_else(|_| DEFAULT_HUB.into());
-            match Device::connect(&hub) {
+            let hub = &crate::settings::get().hub;
+            match Device::connect(hub) {
                 Ok(device) if device.can_map() => {
                     let events = device.events();
                     self.device = Some((device, events));
