@@ -134,15 +134,16 @@ unsafe extern "C-unwind" fn __read_chk(fd: c_int, to: *mut c_void, len: size_t, 
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn readv(fd: c_int, to: *const iovec, count: c_int) -> ssize_t {
-    // SAFETY: the program's call, here and below.
+    // SAFETY: the program's call.
     let call = || outcome(unsafe { real::readv(fd, to, count) });
+    // SAFETY: as above.
     let list = || unsafe { iov::list(to, usize::try_from(count).map_err(|_| EINVAL)?) }.ok_or(EINVAL);
     give(receive(fd, 0, list, call))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn recv(fd: c_int, to: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
-    // SAFETY: the program's call, here and below.
+    // SAFETY: the program's call.
     let call = || outcome(unsafe { real::recv(fd, to, len, flags) });
     if !table::is_ours(fd) {
         return give(call());
@@ -214,13 +215,15 @@ unsafe extern "C-unwind" fn __recvfrom_chk(
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> ssize_t {
-    // SAFETY: the program's call, here and below.
+    // SAFETY: the program's call.
     let call = || outcome(unsafe { real::recvmsg(fd, message, flags) });
     if !table::is_ours(fd) {
         return give(call());
     }
     let moved = table::conn(fd).is_some_and(|conn| conn.is_moved());
-    let result = receive(fd, flags, || urgent(flags).and_then(|()| unsafe { buffers(message) }), call);
+    // SAFETY: as above.
+    let list = || urgent(flags).and_then(|()| unsafe { buffers(message) });
+    let result = receive(fd, flags, list, call);
     if moved && result.is_ok() {
         // SAFETY: the program's message.
         unsafe {
@@ -277,8 +280,9 @@ unsafe extern "C-unwind" fn write(fd: c_int, from: *const c_void, len: size_t) -
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn writev(fd: c_int, from: *const iovec, count: c_int) -> ssize_t {
-    // SAFETY: the program's call, here and below.
+    // SAFETY: the program's call.
     let call = || outcome(unsafe { real::writev(fd, from, count) });
+    // SAFETY: as above.
     let list = || unsafe { iov::list(from, usize::try_from(count).map_err(|_| EINVAL)?) }.ok_or(EINVAL);
     give(transmit(fd, 0, list, call))
 }
@@ -314,12 +318,14 @@ unsafe extern "C-unwind" fn sendto(
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
-    // SAFETY: the program's call, here and below.
+    // SAFETY: the program's call.
     let call = || outcome(unsafe { real::sendmsg(fd, message, flags) });
     if !table::is_ours(fd) {
         return give(call());
     }
-    give(transmit(fd, flags, || urgent(flags).and_then(|()| unsafe { buffers(message) }), call))
+    // SAFETY: as above.
+    let list = || urgent(flags).and_then(|()| unsafe { buffers(message) });
+    give(transmit(fd, flags, list, call))
 }
 
 #[unsafe(no_mangle)]
