@@ -113,6 +113,7 @@ struct Pool {
 #[serde(deny_unknown_fields)]
 struct Engines {
     workers: Option<Spanned<usize>>,
+    dsa: Option<Vec<String>>,
     cache: Option<PathBuf>,
     #[serde(default)]
     rule: Vec<EngineRule>,
@@ -273,6 +274,7 @@ impl Engines {
     fn settings(self) -> Result<EngineSettings, Wrong> {
         let mut engines = defaults().engines;
         engines.workers = self.workers.map(Spanned::into_inner);
+        engines.dsa = self.dsa;
         if let Some(path) = self.cache {
             engines.cache = Some(path).filter(|path| !path.as_os_str().is_empty());
         }

@@ -527,6 +527,8 @@ fn futex_wake(word: &std::sync::atomic::AtomicU32) {
 mod tests {
     use super::*;
     use crate::doorbell;
+    use crate::engine::Engine;
+    use crate::engine::cpu_node::NodePool;
     use crate::pool::memfile::MemFile;
     use crate::port::{RamSegment, SessionId};
     use crate::testing::{BASE, Guest, NEXT, TestRing, WRITE};
@@ -559,6 +561,10 @@ mod tests {
 
     impl World {
         fn new() -> World {
+            World::with(MoverEngines::cpu_only(CopyPlan::default()))
+        }
+
+        fn with(engines: MoverEngines) -> World {
             let (doorbell, inbox) = doorbell::pair().unwrap();
             let (sender, owner) = (Guest::new(4 << 20), Guest::new(4 << 20));
             let sender_port = Arc::new(Port::new(SessionId(1), doorbell.clone()));
@@ -604,7 +610,7 @@ mod tests {
                 },
                 worker: Worker {
                     shared: Arc::new(shared),
-                    engines: MoverEngines::cpu_only(CopyPlan::default()),
+                    engines,
                     runs: Vec::new(),
                     chain: Chain::default(),
                     data: Vec::new(),
@@ -793,10 +799,149 @@ mod tests {
         assert!(world.pool_bytes().iter().all(|b| *b == 0));
     }
 
+    /// An engine that copies when it likes to, in pieces and in an order of its own.
+    struct Late {
+        runs: std::sync::mpsc::Sender<Run>,
+        left: Arc<AtomicU64>,
+    }
+
+    impl Late {
+        fn new() -> Late {
+            let (runs, given) = std::sync::mpsc::channel::<Run>();
+            let left = Arc::new(AtomicU64::new(0));
+            let done = left.clone();
+            std::thread::spawn(move || {
+                for Run { src, dst, len } in given {
+                    let mut pieces: Vec<usize> = (0..len).step_by(512).collect();
+                    // From both ends to the middle, so the last byte is an early one.
+                    pieces.sort_by_key(|at| at.abs_diff(len / 2));
+                    for at in pieces.into_iter().rev() {
+                        if at % 7 == 0 {
+                            std::thread::yield_now();
+                        }
+                        let len = 512.min(len - at);
+                        // SAFETY: the run is there until it is counted as done.
+                        unsafe {
+                            dmbridge_proto::shm::copy_to_shared(
+                                dmbridge_proto::shm::CopyMethod::NonTemporal,
+                                src.wrapping_add(at),
+                                dst.wrapping_add(at),
+                                len,
+                            );
+                        }
+                    }
+                    done.fetch_sub(1, Ordering::Release);
+                }
+            });
+            Late { runs, left }
+        }
+    }
+
+    impl Engine for Late {
+        unsafe fn submit(&mut self, runs: &[Run]) {
+            self.left.fetch_add(runs.len() as u64, Ordering::Relaxed);
+            runs.iter().for_each(|run| self.runs.send(*run).unwrap());
+        }
+
+        fn poll(&mut self) -> bool {
+            self.left.load(Ordering::Acquire) == 0
+        }
+    }
+
+    /// Every engine, one that is late, and an accelerator at which things go wrong.
+    fn all_engines() -> Vec<(&'static str, MoverEngines)> {
+        let host = crate::topology::Topology::of_host();
+        let node = &host.nodes()[0];
+        // The threads of a pool end with it, and jobs are then done by who asks: so it stays.
+        let pool = Box::leak(Box::new(NodePool::start(node.id, &node.cpus, 2).unwrap()));
+        vec![
+            ("cpu", MoverEngines::cpu_only(CopyPlan::default())),
+            ("cpu-node", MoverEngines::only(Box::new(pool.engine(CopyPlan::default())))),
+            ("dsa", MoverEngines::only(crate::engine::dsa::tests::faulty())),
+            ("late", MoverEngines::only(Box::new(Late::new()))),
+        ]
+    }
+
+    /// A word of the DMB that somebody else writes.
+    fn word(file: &MemFile, offset: u64) -> &AtomicU64 {
+        // SAFETY: inside of the mapping, aligned, and mapped as long as the file.
+        unsafe { AtomicU64::from_ptr(file.at(DMB_AT + offset, 8).cast()) }
+    }
+
+    #[test]
+    fn whatever_copies_a_signal_and_a_later_move_are_seen_after_the_last_byte() {
+        for (name, engines) in all_engines() {
+            let mut world = World::with(engines);
+            let file = world.file.clone();
+            let last = DMB_SIZE - 8;
+            let reader = std::thread::spawn(move || {
+                let mut signalled = 0;
+                while signalled != u64::MAX {
+                    // The mask is the round; the cursor is a move of its own.
+                    signalled = signalled.max(file.line(64).take_pending());
+                    let cursor = word(&file, last).load(Ordering::Acquire);
+                    let least = (0..last).step_by(8).map(|at| word(&file, at).load(Ordering::Relaxed)).min();
+                    assert!(least >= Some(cursor), "{name}: {least:?} was seen after {cursor} by the cursor");
+                    assert!(
+                        signalled == u64::MAX || least >= Some(signalled),
+                        "{name}: {least:?} was seen after {signalled} by the signal"
+                    );
+                }
+            });
+            let (data, cursor) = (world.sender.take(DMB_SIZE), world.sender.take(8));
+            let dmb = world.pool_dmb.clone();
+            // Rounds grow bit by bit, because masks are ORed.
+            for round in (1..60).map(|bits| (1u64 << bits) - 1) {
+                world.sender.write(data, &round.to_le_bytes().repeat(last as usize / 8));
+                let signal = MoveHeader { mask: round, flags: MoveFlags::SIGNAL, ..to(&dmb, 0) };
+                // In two pieces, of which one is not aligned.
+                let cut = (last as u32 / 3) | 1;
+                let pieces = [(data, cut), (data + u64::from(cut), last as u32 - cut)];
+                assert_eq!(world.move_into(signal, &pieces), Ok(()), "{name}");
+                world.sender.write(cursor, &round.to_le_bytes());
+                assert_eq!(world.move_into(to(&dmb, last), &[(cursor, 8)]), Ok(()), "{name}");
+            }
+            let _ = world.file.line(64).signal(u64::MAX);
+            reader.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn when_a_memory_table_has_changed_no_engine_writes_into_the_old_memory() {
+        for (name, engines) in all_engines() {
+            let mut world = World::with(engines);
+            let (owner, ram) = (world.owner.file.try_clone().unwrap(), world.segments[1] - BASE);
+            let port = world.owner_port.clone();
+            let mover = std::thread::spawn(move || {
+                let data = world.sender.take(DMB_SIZE);
+                for round in 1u64.. {
+                    world.sender.write(data, &round.to_le_bytes().repeat(DMB_SIZE as usize / 8));
+                    let dmb = world.ram_dmb.clone();
+                    if let Err(status) = world.move_into(to(&dmb, 0), &[(data, DMB_SIZE as u32)]) {
+                        return status;
+                    }
+                }
+                unreachable!("the memory was taken away")
+            });
+            let read = |len: usize| {
+                let mut bytes = vec![0; len];
+                std::os::unix::fs::FileExt::read_exact_at(&owner, &mut bytes, ram).unwrap();
+                bytes
+            };
+            while read(8) == [0; 8] {
+                std::thread::yield_now();
+            }
+            port.memory.replace(DeviceMemory::default());
+            let then = read((DMB_SIZE - RAM_SPLIT) as usize);
+            assert_eq!(mover.join().unwrap(), Status::Reset, "{name}");
+            assert!(then == read((DMB_SIZE - RAM_SPLIT) as usize), "{name}");
+        }
+    }
+
     #[test]
     fn nothing_is_written_to_a_dmb_after_it_was_closed() {
-        for _ in 0..20 {
-            let mut world = World::new();
+        for (name, engines) in (0..5).flat_map(|_| all_engines()) {
+            let mut world = World::with(engines);
             let dmb = world.pool_dmb.clone();
             let file = world.file.clone();
             let snapshot = || {
@@ -823,8 +968,8 @@ mod tests {
             }
             dmb.close();
             let then = snapshot();
-            assert_eq!(mover.join().unwrap(), Status::NoEntry);
-            assert!(then == snapshot());
+            assert_eq!(mover.join().unwrap(), Status::NoEntry, "{name}");
+            assert!(then == snapshot(), "{name}");
         }
     }
 

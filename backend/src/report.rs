@@ -55,6 +55,14 @@ pub struct EngineReport {
     pub node: Option<u32>,
     /// Its threads.
     pub workers: u32,
+    /// Of an accelerator: descriptors that met a page that was not there, and were finished by a CPU.
+    pub faults: u64,
+    /// Descriptors that ended in an error; a CPU copied instead.
+    pub errors: u64,
+    /// Descriptors for which its queue had no room; a CPU copied instead.
+    pub busy: u64,
+    /// Whether it did not answer, and is not used any more.
+    pub lost: bool,
     /// Copies that it did: moves, or pieces of long ones.
     pub copies: u64,
     /// Their sizes together, in bytes.

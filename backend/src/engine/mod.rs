@@ -9,6 +9,7 @@
 //! | --- | --- |
 //! | [`cpu`] | the thread that asks copies by itself |
 //! | [`cpu_node`] | workers of a NUMA node copy, each a share |
+//! | [`dsa`] | Intel's Data Streaming Accelerator copies |
 //! | [`calibrate`], [`cache`] | how fast each is here, by size and by node |
 //! | [`table`] | which one is the best, by size and by node |
 //! | [`set`] | the engines of a daemon, and of one of its movers |
@@ -20,6 +21,7 @@ pub mod cache;
 pub mod calibrate;
 pub mod cpu;
 pub mod cpu_node;
+pub mod dsa;
 mod ranges;
 pub mod set;
 pub mod table;

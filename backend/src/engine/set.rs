@@ -4,6 +4,8 @@
 use super::calibrate::{self, Named};
 use super::cpu::CpuEngine;
 use super::cpu_node::NodePool;
+use super::dsa::host::{self, HostQueue};
+use super::dsa::{Accelerator, Counters};
 use super::table::{Chosen, Id, Kind, Measured, Route, Rule, Table};
 use super::{Engine, Run, cache};
 use crate::report::{EngineCost, EngineReport, EngineRow, EnginesReport};
@@ -27,6 +29,8 @@ const WORKERS: usize = 4;
 pub struct EngineSettings {
     /// Answers that are not measured.
     pub rules: Vec<Rule>,
+    /// Queues of accelerators, such as `wq0.0`; those named `dmbridge` if not given.
+    pub dsa: Option<Vec<String>>,
     /// Workers of each node; by the number of its CPUs if not given. 0: there are none.
     pub workers: Option<usize>,
     /// Where results are kept from start to start; nowhere if not given.
@@ -45,6 +49,7 @@ enum Origin {
 pub struct EngineSet {
     cpu: CpuEngine,
     pools: Vec<NodePool>,
+    accelerators: Vec<(NodeId, Accelerator)>,
     table: Arc<Table>,
     uses: Mutex<Vec<Arc<Uses>>>,
     origin: Origin,
@@ -57,19 +62,23 @@ impl EngineSet {
         let start = Instant::now();
         let cpu = CpuEngine::new(plan);
         let pools = pools(settings, topology)?;
-        let mut engines = engines(cpu, &pools);
+        let accelerators = accelerators(settings, topology);
+        let mut engines = engines(cpu, &pools, &accelerators);
         let (measured, origin) = measured(settings, topology, &mut engines)?;
         let ids = engines.iter().map(|(id, _)| *id).collect();
         let table = Arc::new(Table::new(calibrate::nodes(topology), ids, measured, &settings.rules));
         let took = start.elapsed();
-        Ok(EngineSet { cpu, pools, table, uses: Mutex::default(), origin, took })
+        Ok(EngineSet { cpu, pools, accelerators, table, uses: Mutex::default(), origin, took })
     }
 
     /// The engines of another mover.
     pub fn mover(&self) -> MoverEngines {
         let uses = Arc::new(Uses::new(&self.table));
         self.uses.lock().unwrap_or_else(PoisonError::into_inner).push(uses.clone());
-        let others = engines(self.cpu, &self.pools).into_iter().map(|(_, engine)| engine).collect();
+        let others = engines(self.cpu, &self.pools, &self.accelerators)
+            .into_iter()
+            .map(|(_, engine)| engine)
+            .collect();
         MoverEngines { cpu: self.cpu, others, table: self.table.clone(), uses }
     }
 
@@ -81,6 +90,10 @@ impl EngineSet {
             name: id.to_string(),
             node: id.node,
             workers: self.workers(*id) as u32,
+            faults: self.counter(*id, |counters| &counters.faults),
+            errors: self.counter(*id, |counters| &counters.errors),
+            busy: self.counter(*id, |counters| &counters.busy),
+            lost: self.counter(*id, |counters| &counters.lost) != 0,
             copies: sum(&|uses| Uses::get(&uses.copies[at])),
             bytes: sum(&|uses| Uses::get(&uses.bytes[at])),
         };
@@ -112,6 +125,11 @@ impl EngineSet {
         }
     }
 
+    fn counter(&self, id: Id, of: impl Fn(&Counters) -> &AtomicU64) -> u64 {
+        let found = self.accelerators.iter().find(|(node, _)| id == Id::of_node(Kind::Dsa, *node));
+        found.map_or(0, |(_, accelerator)| of(&accelerator.counters).load(Ordering::Relaxed))
+    }
+
     fn workers(&self, id: Id) -> usize {
         let pool = self.pools.iter().find(|pool| id == Id::of_node(Kind::CpuNode, pool.node()));
         pool.map_or(0, NodePool::workers)
@@ -135,11 +153,41 @@ fn pools(settings: &EngineSettings, topology: &Topology) -> io::Result<Vec<NodeP
     Ok(pools)
 }
 
+/// One queue of each node, of those that are configured or named for this daemon.
+fn accelerators(settings: &EngineSettings, topology: &Topology) -> Vec<(NodeId, Accelerator)> {
+    let mut accelerators: Vec<(NodeId, Accelerator)> = Vec::new();
+    let found = host::find();
+    for name in settings.dsa.iter().flatten() {
+        if !found.iter().any(|queue| queue.queue == *name) {
+            tracing::warn!("{name} is no enabled work queue of type user; it is not used");
+        }
+    }
+    for queue in found {
+        let wanted = match &settings.dsa {
+            Some(names) => names.contains(&queue.queue),
+            None => queue.name == host::NAME,
+        };
+        // Of a device that does not say where it is, any node is as good.
+        let node = queue.node.filter(|node| topology.has(*node)).unwrap_or(topology.nodes()[0].id);
+        if !wanted || accelerators.iter().any(|(other, _)| *other == node) {
+            continue;
+        }
+        match HostQueue::open(&queue) {
+            Ok(opened) => accelerators.push((node, Accelerator::new(Arc::new(opened)))),
+            Err(error) => tracing::warn!("{} cannot be used: {error}", queue.queue),
+        }
+    }
+    accelerators
+}
+
 /// All engines, by a way to each that nobody else has; the CPU first.
-fn engines(cpu: CpuEngine, pools: &[NodePool]) -> Vec<Named> {
+fn engines(cpu: CpuEngine, pools: &[NodePool], accelerators: &[(NodeId, Accelerator)]) -> Vec<Named> {
     let mut engines: Vec<Named> = vec![(Id::CPU, Box::new(cpu))];
     for pool in pools {
         engines.push((Id::of_node(Kind::CpuNode, pool.node()), Box::new(pool.engine(cpu.plan()))));
+    }
+    for (node, accelerator) in accelerators {
+        engines.push((Id::of_node(Kind::Dsa, *node), Box::new(accelerator.engine(cpu))));
     }
     engines
 }
@@ -297,7 +345,7 @@ mod tests {
         let topology = Topology::of_host();
         for kind in [Kind::Cpu, Kind::CpuNode] {
             let rules = vec![Rule { at_least: 0, kind }];
-            let settings = EngineSettings { rules, workers: Some(1), cache: None };
+            let settings = EngineSettings { rules, workers: Some(1), ..EngineSettings::default() };
             let set = EngineSet::start(&settings, &topology, CopyPlan::default()).unwrap();
             let mut movers = [set.mover(), set.mover()];
             for len in [1, 64, 5000, 1 << 20] {

@@ -1,0 +1,120 @@
+use super::queue::Limits;
+use super::software::{Behaviour, Software};
+use super::*;
+use dmbridge_proto::shm::CopyPlan;
+
+const LIMITS: Limits = Limits { max_transfer: 64 << 10, max_batch: 4 };
+const ROOM: usize = 16;
+
+fn engine(limits: Limits, size: usize, behaviour: Behaviour) -> DsaEngine {
+    let queue = Software::start(limits, size, behaviour);
+    Accelerator::new(queue).engine(CpuEngine::new(CopyPlan::default()))
+}
+
+/// An accelerator at which things go wrong now and then, for tests of what stands on it.
+pub(crate) fn faulty() -> Box<dyn Engine> {
+    let (mut pages, mut moves) = (0, 0);
+    let fault = Box::new(move |_, _| {
+        pages += 1;
+        pages % 11 == 0
+    });
+    let error = Box::new(move || {
+        moves += 1;
+        (moves % 5 == 0).then_some(0x16)
+    });
+    let limits = Limits { max_transfer: 8192, max_batch: 4 };
+    Box::new(engine(limits, 4, Behaviour { fault, error, ..Behaviour::default() }))
+}
+
+/// Copies runs of these lengths to these offsets, several times, and looks at every byte.
+fn check(engine: &mut DsaEngine, lens: &[usize]) {
+    for round in 0..4 {
+        let total: usize = lens.iter().sum();
+        let source: Vec<u8> = (0..total).map(|i| (i * 13 + i / 4096 + round) as u8).collect();
+        let mut target = vec![0xaau8; total + 128];
+        let to = target.as_mut_ptr();
+        let mut at = 0;
+        let run = |len: &usize| {
+            let run = Run { src: source[at..].as_ptr(), dst: to.wrapping_add(round + at), len: *len };
+            at += len;
+            run
+        };
+        let runs: Vec<Run> = lens.iter().map(run).collect();
+        // SAFETY: both buffers live until the engine is done.
+        unsafe { engine.submit(&runs) };
+        engine.finish();
+        assert!(target[round..round + total] == source, "{lens:?}");
+        assert!(target[..round].iter().chain(&target[round + total..]).all(|byte| *byte == 0xaa));
+    }
+}
+
+const SHAPES: [&[usize]; 6] =
+    [&[1], &[4095, 4096, 4224], &[1 << 20], &[100_000; 9], &[300_000, 1, 64, 70_000], &[]];
+
+#[test]
+fn every_byte_is_copied_whatever_the_shape_of_the_queue() {
+    for limits in [LIMITS, Limits { max_batch: 1, ..LIMITS }, Limits { max_transfer: 1 << 31, max_batch: 32 }]
+    {
+        for size in [1, ROOM] {
+            let mut engine = engine(limits, size, Behaviour::default());
+            SHAPES.iter().for_each(|shape| check(&mut engine, shape));
+            assert_eq!(engine.accelerator.counters.errors.load(Ordering::Relaxed), 0);
+        }
+    }
+}
+
+#[test]
+fn what_stops_at_a_page_that_is_not_there_is_finished() {
+    for every in [2, 7, 40] {
+        let mut page = 0;
+        let fault = Box::new(move |_, _| {
+            page += 1;
+            page % every == 0
+        });
+        let mut engine = engine(LIMITS, ROOM, Behaviour { fault, ..Behaviour::default() });
+        SHAPES.iter().for_each(|shape| check(&mut engine, shape));
+        assert!(engine.accelerator.counters.faults.load(Ordering::Relaxed) > 0);
+    }
+}
+
+#[test]
+fn what_ends_in_an_error_is_copied_again() {
+    for status in [0x10, 0x13, 0x16, 0x1a, 0x20, 0x22, 0x7f] {
+        let mut count = 0;
+        let error = Box::new(move || {
+            count += 1;
+            (count % 3 == 0).then_some(status)
+        });
+        let mut engine = engine(LIMITS, ROOM, Behaviour { error, ..Behaviour::default() });
+        SHAPES.iter().for_each(|shape| check(&mut engine, shape));
+        assert!(engine.accelerator.counters.errors.load(Ordering::Relaxed) > 0);
+    }
+}
+
+#[test]
+fn a_queue_that_hangs_is_given_up_and_never_writes_again() {
+    for hang_after in [0, 2] {
+        let mut engine = engine(LIMITS, ROOM, Behaviour { hang_after, ..Behaviour::default() });
+        check(&mut engine, &[1 << 20]);
+        assert_eq!(engine.accelerator.counters.lost.load(Ordering::Relaxed), 1);
+        check(&mut engine, &[1 << 20, 100_000]);
+    }
+}
+
+#[test]
+fn nothing_is_seen_late() {
+    // The target is read the moment that the engine says done, and again after it could have been written late.
+    let mut engine = engine(LIMITS, ROOM, Behaviour::default());
+    for round in 0..100u8 {
+        let source = vec![round; 200_000];
+        let mut target = vec![0u8; 200_000];
+        let run = Run { src: source.as_ptr(), dst: target.as_mut_ptr(), len: target.len() };
+        // SAFETY: both buffers live until the engine is done.
+        unsafe { engine.submit(&[run]) };
+        while !engine.poll() {}
+        assert!(target.iter().all(|byte| *byte == round));
+        target.fill(0xee);
+        std::thread::yield_now();
+        assert!(target.iter().all(|byte| *byte == 0xee));
+    }
+}
