@@ -157,6 +157,8 @@ static int register_with(struct dmbridge *dev, struct dmbridge_dmb *dmb)
 		dmbridge_break(dev, "it gave two DMBs one number");
 		return -EIO;
 	}
+	atomic_inc(&dev->live);
+	dmbridge_watch(dev);
 	return 0;
 }
 
@@ -248,6 +250,7 @@ void dmbridge_unregister(struct dmbridge_dmb *dmb)
 	dev->dmbs[dmb->index] = NULL;
 	list_del_init(&dmb->attending);
 	spin_unlock_irq(&dev->dmbs_lock);
+	atomic_dec(&dev->live);
 	rc = dmbridge_command(dev, DMBRIDGE_UNREGISTER, &token, sizeof(token), NULL, 0);
 	free_ram(dev, dmb, !rc);
 	kfree(dmb);

@@ -209,6 +209,8 @@ struct dmbridge {
 	struct dmbridge_moves *moves;
 	unsigned int move_queues;
 	struct delayed_work watchdog;
+	/* DMBs of this device: as long as there are some, it is watched. */
+	atomic_t live;
 
 	spinlock_t dmbs_lock;
 	struct dmbridge_dmb **dmbs;
@@ -269,6 +271,7 @@ void dmbridge_moves_free(struct dmbridge *dev);
 int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data, size_t size,
 		  u64 mask, struct dmbridge_remote *remote);
 int dmbridge_ring(struct dmbridge *dev, u64 token);
+void dmbridge_watch(struct dmbridge *dev);
 int dmbridge_moves_drain(struct dmbridge_remote *remote);
 
 /* dmb.c */

@@ -13,6 +13,10 @@
 #include <linux/virtio_config.h>
 #include "dmbridge.h"
 
+static bool map = true;
+module_param(map, bool, 0444);
+MODULE_PARM_DESC(map, "use the window where there is one; without, all data is moved");
+
 static int read_config(struct virtio_device *vdev, struct dmbridge_config *config)
 {
 	virtio_cread_bytes(vdev, 0, config, sizeof(*config));
@@ -30,7 +34,7 @@ static int dmbridge_validate(struct virtio_device *vdev)
 
 	if (!virtio_has_feature(vdev, VIRTIO_F_VERSION_1) || read_config(vdev, &config))
 		return -ENODEV;
-	if (!virtio_get_shm_region(vdev, &region, DMBRIDGE_WINDOW_SHMID))
+	if (!map || !virtio_get_shm_region(vdev, &region, DMBRIDGE_WINDOW_SHMID))
 		__virtio_clear_bit(vdev, DMBRIDGE_F_MAP);
 	return 0;
 }

@@ -179,12 +179,8 @@ again:
 		virtqueue_notify(moves->vq);
 	dmbridge_count(moves->dev, moves, 1);
 	dmbridge_count(moves->dev, moved_bytes, size);
-	if (inlined) {
-		/* Looks after it if nobody does. */
-		if (!delayed_work_pending(&moves->dev->watchdog))
-			queue_delayed_work(system_wq, &moves->dev->watchdog, HZ);
+	if (inlined)
 		return size;
-	}
 	rc = spin(moves, &wait.done, end);
 	if (rc) {
 		/* The device will not write to this stack. */
@@ -283,13 +279,15 @@ int dmbridge_moves_drain(struct dmbridge_remote *remote)
 }
 
 /*
- * Nobody waits for rings, so a device that does none any more would not be
- * noticed by anybody.
+ * Nobody waits for rings, and who waits for a peer's signal waits without asking:
+ * a device that has died would not be noticed by anybody. So, as long as there is
+ * a DMB, it is asked now and then for a move of nothing to nowhere.
  */
 static void watch(struct work_struct *work)
 {
 	struct dmbridge *dev = container_of(to_delayed_work(work), struct dmbridge, watchdog);
 	unsigned long limit = msecs_to_jiffies(DMBRIDGE_PATIENCE_MS);
+	struct dmbridge_move_header nothing = {};
 	bool busy = false, late = false;
 	unsigned int i, j;
 
@@ -307,8 +305,22 @@ static void watch(struct work_struct *work)
 	}
 	if (late)
 		dmbridge_break(dev, "it does not do its moves");
-	else if (busy && !dmbridge_is_broken(dev))
-		queue_delayed_work(system_wq, &dev->watchdog, HZ);
+	else if (!busy && atomic_read(&dev->live))
+		post(&dev->moves[0], &nothing, NULL, 0, NULL);
+	dmbridge_watch(dev);
+}
+
+/* Looks after the device as long as there is something to lose. */
+void dmbridge_watch(struct dmbridge *dev)
+{
+	unsigned int i;
+	bool busy = atomic_read(&dev->live);
+
+	for (i = 0; i < dev->move_queues; i++)
+		busy |= READ_ONCE(dev->moves[i].busy) != 0;
+	if (busy && !dmbridge_is_broken(dev) && !delayed_work_pending(&dev->watchdog))
+		queue_delayed_work(system_wq, &dev->watchdog,
+				   msecs_to_jiffies(DMBRIDGE_PATIENCE_MS / 4));
 }
 
 int dmbridge_moves_init(struct dmbridge *dev, struct virtqueue **vqs)

@@ -1,8 +1,10 @@
 //! The kernel module in two guests with Debian's stock kernel: AF_SMC sockets of theirs meet over DMBs.
 
 use dmbridge_tests::daemon::TestDaemon;
-use dmbridge_tests::vm::kernel::{address, assert_kernel_is_content, network, set_up_network, set_up_smc};
-use dmbridge_tests::vm::shared::{Lent, Shared};
+use dmbridge_tests::vm::kernel::{
+    AF_SMC, MODULE, address, assert_kernel_is_content, network, set_up_network, set_up_smc,
+};
+use dmbridge_tests::vm::shared::{Lent, Shared, in_lasting_thread};
 use dmbridge_tests::vm::{Running, Vm, VmOptions};
 use serde_json::Value;
 use std::time::Duration;
@@ -34,7 +36,7 @@ struct Setup {
 fn make() -> Setup {
     let daemon = TestDaemon::start_with(&[], CONFIGURATION);
     let start = |number: usize, name: &str| {
-        let options = VmOptions::new(name).device(&daemon.path(&format!("{name}.sock")));
+        let options = VmOptions::with_programs(name).device(&daemon.path(&format!("{name}.sock")));
         network(options, number, &daemon.path("network")).start()
     };
     let (a, b) = (start(0, "a"), start(1, "b"));
@@ -44,6 +46,11 @@ fn make() -> Setup {
         set_up_smc(vm);
     }
     Setup { daemon, a, b }
+}
+
+/// Loads the module anew.
+fn reload(vm: &Vm, parameters: &str) {
+    vm.shell(&format!("rmmod dmbridge; insmod {MODULE} {parameters}"));
 }
 
 fn setup() -> Lent<'static, Setup> {
@@ -113,6 +120,238 @@ fn af_smc_sockets_of_two_guests_exchange_by_map_and_nothing_falls_back() {
     }
     let report = setup.daemon.report();
     assert!(report.devices.iter().all(|device| device.started && device.map));
+}
+
+/// Both ends of a connection that has no end; when this returns, bytes go both ways.
+fn endless(setup: &Setup, port: u16) -> (Running, Running) {
+    let port = port.to_string();
+    let mut server = setup.a.start_command(&["vm-sockets", "smc", "listen", &port, "hang"]);
+    assert_eq!(setup.a.expect(server.line(DEADLINE)), "listening");
+    let mut client = setup.b.start_command(&["vm-sockets", "smc", "connect", &address(0), &port, "hang"]);
+    assert_eq!(setup.b.expect(client.line(DEADLINE)), "hanging");
+    assert_eq!(setup.a.expect(server.line(DEADLINE)), "hanging");
+    (server, client)
+}
+
+/// A connection ended by an error, and said so to who wrote.
+fn ended(vm: &Vm, running: Running) {
+    let said = result(vm, running);
+    println!("{}: {said}", vm.name());
+    let writing = said["writing"].as_str().expect("words");
+    // What SMC says of a connection whose device is gone.
+    let words = ["reset", "Broken pipe", "connection abort"];
+    assert!(words.iter().any(|word| writing.contains(word)), "{said}");
+}
+
+fn works(setup: &Setup, port: u16) {
+    let before = smcd(&shown(&setup.b));
+    both(setup, "smc", port, "exchange 1 1000000");
+    let after = smcd(&shown(&setup.b));
+    assert_eq!((after.0 - before.0, after.2), (1, before.2));
+}
+
+#[test]
+fn guests_that_cannot_map_move() {
+    let setup = setup();
+    for (port, maps) in [(7010, [false, false]), (7011, [true, false])] {
+        for (vm, map) in [&setup.a, &setup.b].into_iter().zip(maps) {
+            reload(vm, if map { "" } else { "map=0" });
+        }
+        let bytes = exchange_bytes() / 16;
+        let moved = |setup: &Setup| {
+            setup.daemon.report().devices.iter().map(|device| device.moved_bytes).sum::<u64>()
+        };
+        let before = (smcd(&shown(&setup.a)), moved(&setup));
+        let (server, _) = both(&setup, "smc", port, &format!("exchange 2 {bytes}"));
+        println!("{bytes} bytes twice each way in {} s by moves", server["seconds"]);
+        let after = smcd(&shown(&setup.a));
+        assert_eq!((after.0 - before.0.0, after.2), (2, before.0.2));
+        assert!(moved(&setup) - before.1 >= 4 * bytes);
+    }
+    for vm in [&setup.a, &setup.b] {
+        reload(vm, "");
+        assert_kernel_is_content(vm);
+    }
+    works(&setup, 7012);
+}
+
+#[test]
+fn a_hundred_connections_are_told_apart() {
+    let setup = setup();
+    for vm in [&setup.a, &setup.b] {
+        vm.output(&["dmbridge-guest-setup", "--buffers", "64"]);
+    }
+    let before = smcd(&shown(&setup.a));
+    both(&setup, "smc", 7020, "exchange 100 200000");
+    let after = smcd(&shown(&setup.a));
+    assert_eq!((after.0 - before.0, after.2), (100, before.2));
+    for vm in [&setup.a, &setup.b] {
+        vm.output(&["dmbridge-guest-setup"]);
+        assert_kernel_is_content(vm);
+    }
+}
+
+#[test]
+fn a_module_that_is_unloaded_in_traffic_ends_its_connections_and_can_come_back() {
+    let setup = setup();
+    let (server, client) = endless(&setup, 7030);
+    reload(&setup.b, "");
+    ended(&setup.b, client);
+    ended(&setup.a, server);
+    works(&setup, 7031);
+    assert_kernel_is_content(&setup.a);
+    assert_kernel_is_content(&setup.b);
+}
+
+#[test]
+fn a_guest_that_is_killed_in_traffic_ends_its_peers_connections() {
+    let mut setup = setup();
+    let (server, client) = endless(&setup, 7040);
+    setup.b.kill();
+    drop(client);
+    ended(&setup.a, server);
+    assert_kernel_is_content(&setup.a);
+    let (socket, net) = (setup.daemon.path("b.sock"), setup.daemon.path("network"));
+    setup.b =
+        in_lasting_thread(move || network(VmOptions::with_programs("b").device(&socket), 1, &net).boot());
+    set_up_network(&setup.b, 1);
+    set_up_smc(&setup.b);
+    works(&setup, 7041);
+}
+
+#[test]
+fn a_daemon_that_dies_in_traffic_ends_connections_and_new_ones_are_tcp() {
+    let mut setup = in_lasting_thread(make);
+    let (server, client) = endless(&setup, 7050);
+    setup.daemon.kill();
+    ended(&setup.a, server);
+    ended(&setup.b, client);
+    let before = smcd(&shown(&setup.b));
+    both(&setup, "smc", 7051, "exchange 1 1000000");
+    let after = smcd(&shown(&setup.b));
+    assert_eq!(after.0, before.0);
+    for vm in [&setup.a, &setup.b] {
+        assert_eq!(shown(vm)["devices"][0]["mode"], "broken");
+        // It can still be let go.
+        vm.shell("rmmod dmbridge");
+        assert_kernel_is_content(vm);
+    }
+}
+
+/// Runs a program of others in a guest, its sockets AF_SMC ones, and leaves it running.
+fn start_program(vm: &Vm, words: &str) -> Running {
+    vm.start_command(&["sh", "-ec", &format!("export LD_PRELOAD={AF_SMC}; exec /opt/debian/bin/{words}")])
+}
+
+/// Runs one that ends well; what it says.
+fn program(vm: &Vm, words: &str) -> String {
+    let output = vm.expect(start_program(vm, words).wait(DEADLINE));
+    let (text, error) = (output.text(), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "VM {}: {words}: {}\n{text}\n{error}", vm.name(), output.status);
+    text
+}
+
+/// Waits until a program in the first guest accepts connections.
+fn wait_for_port(setup: &Setup, port: u16) {
+    let words = format!("until netstat -ltn | grep -q ':{port} '; do sleep 0.1; done");
+    setup.a.shell(&words);
+}
+
+/// Fails unless all connections since `before` were SMC-D, and carried so many bytes.
+fn all_smcd(setup: &Setup, before: &Value, connections: u64, bytes: u64) {
+    let after = shown(&setup.b);
+    let (before, now) = (smcd(before), smcd(&after));
+    assert!(now.0 - before.0 >= connections && now.1 - before.1 >= bytes && now.2 == before.2, "{after}");
+    assert_kernel_is_content(&setup.a);
+    assert_kernel_is_content(&setup.b);
+}
+
+#[test]
+fn iperf3_runs_unchanged() {
+    let setup = setup();
+    let server = address(0);
+    for how in ["", "-R", "-P 4"] {
+        let before = shown(&setup.b);
+        let running = start_program(&setup.a, "iperf3 -s -1 -p 5201");
+        wait_for_port(&setup, 5201);
+        let text = program(&setup.b, &format!("iperf3 -c {server} -p 5201 -n 64M {how} -J"));
+        let said: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"));
+        let received = &said["end"]["sum_received"];
+        println!("iperf3 {how}: {} bit/s", received["bits_per_second"]);
+        all_smcd(&setup, &before, 2, received["bytes"].as_u64().expect("a number"));
+        drop(running);
+    }
+}
+
+#[test]
+fn sockperf_runs_unchanged() {
+    let setup = setup();
+    let server = address(0);
+    let before = shown(&setup.b);
+    let running = start_program(&setup.a, &format!("sockperf server --tcp -i {server} -p 5202"));
+    wait_for_port(&setup, 5202);
+    let text = program(&setup.b, &format!("sockperf ping-pong --tcp -i {server} -p 5202 -m 14 -t 3"));
+    println!("{}", text.lines().find(|line| line.contains("Latency is")).unwrap_or_default());
+    assert!(text.contains("Latency is"), "{text}");
+    all_smcd(&setup, &before, 1, 1000);
+    drop(running);
+}
+
+#[test]
+fn nginx_and_curl_run_unchanged() {
+    let setup = setup();
+    let server = address(0);
+    setup.a.shell(
+        "mkdir -p /tmp/www /tmp/nginx/logs; seq 1 1000000 >/tmp/www/numbers
+        cat >/tmp/nginx/conf <<END
+daemon off; pid /tmp/nginx/pid; error_log stderr; user root;
+events { }
+http {
+    access_log off; sendfile on; keepalive_requests 10000;
+    client_body_temp_path /tmp/nginx/a; proxy_temp_path /tmp/nginx/b; fastcgi_temp_path /tmp/nginx/c;
+    uwsgi_temp_path /tmp/nginx/d; scgi_temp_path /tmp/nginx/e;
+    server { listen 5203; root /tmp/www; }
+}
+END",
+    );
+    let before = shown(&setup.b);
+    let running = start_program(&setup.a, "nginx -p /tmp/nginx -c /tmp/nginx/conf");
+    wait_for_port(&setup, 5203);
+    let url = format!("http://{server}:5203/numbers");
+    let sum = setup.a.shell("md5sum </tmp/www/numbers");
+    for _ in 0..3 {
+        program(&setup.b, &format!("curl -sS -o /tmp/numbers {url}"));
+        assert_eq!(setup.b.shell("md5sum </tmp/numbers; rm /tmp/numbers"), sum);
+    }
+    // Many requests on one connection.
+    let urls = vec![format!("-o /dev/null {url}-no"); 50].join(" ");
+    let codes = program(&setup.b, &format!("curl -sS -w '%{{http_code}} %{{num_connects}}\\n' {urls}"));
+    assert_eq!(codes.lines().filter(|line| *line == "404 0").count(), 49, "{codes}");
+    all_smcd(&setup, &before, 4, 3 * 6_888_896);
+    drop(running);
+}
+
+#[test]
+fn redis_runs_unchanged() {
+    let setup = setup();
+    let server = address(0);
+    let before = shown(&setup.b);
+    let running = start_program(
+        &setup.a,
+        "redis-server --port 5204 --protected-mode no --save '' --dir /tmp --daemonize no",
+    );
+    wait_for_port(&setup, 5204);
+    let client = format!("redis-cli -h {server} -p 5204");
+    assert_eq!(program(&setup.b, &format!("{client} set key value")), "OK\n");
+    assert_eq!(program(&setup.b, &format!("{client} get key")), "value\n");
+    let text = program(
+        &setup.b,
+        &format!("redis-benchmark -h {server} -p 5204 -t get,set -n 2000 -c 20 -d 1000 --csv"),
+    );
+    println!("{text}");
+    assert_eq!(text.lines().count(), 3, "{text}");
+    all_smcd(&setup, &before, 22, 2_000_000);
+    drop(running);
 }
 
 #[test]

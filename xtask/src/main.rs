@@ -84,8 +84,9 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
     // The guests' kernel module is built for Debian's kernel, with its objtool.
     run::debian_package("make", "make")?;
     run::debian_file("/usr/lib/x86_64-linux-gnu/libelf.so.1", "libelf1")?;
-    Step::new("Finding or making what virtual machines need (the first time it takes some minutes)")
-        .run(Command::new(run::workspace().join("qemu-scripts/provision")).stdout(Stdio::null()))?;
+    Step::new("Finding or making what virtual machines need (the first time it takes some minutes)").run(
+        Command::new(run::workspace().join("qemu-scripts/provision")).arg("--programs").stdout(Stdio::null()),
+    )?;
     Step::new("Running the tests, in virtual machines too").run(
         cargo()
             .args(["test", "--workspace", "--features", "dmbridge/tokio", "--no-fail-fast"])

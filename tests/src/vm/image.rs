@@ -1,6 +1,7 @@
 //! What a guest is made of: what `qemu-scripts/provision` found, and the workspace's own programs.
 
 use dmbridge_vm::{Provisioned, scripts};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -21,6 +22,22 @@ fn found() -> &'static Provisioned {
 /// minute, and needs a network.
 pub fn provisioned(what: &str) -> &'static str {
     found().get(what).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The guest image with Debian's iperf3, sockperf, redis, nginx and curl in `/opt/debian/bin`. They need 512 MiB of RAM.
+pub fn image_with_programs() -> &'static Path {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        let found = Provisioned::find(&["--programs"]).unwrap_or_else(|error| panic!("{error}"));
+        let programs = found.get("GUEST_PROGRAMS").unwrap_or_else(|error| panic!("{error}"));
+        let whole = image().with_extension("programs.cpio");
+        super::shared::remove_at_exit(&whole);
+        // The kernel unpacks one archive after the other.
+        let parts =
+            [image(), Path::new(programs)].map(|part| fs::read(part).expect("an archive can be read"));
+        fs::write(&whole, parts.concat()).unwrap_or_else(|error| panic!("{}: {error}", whole.display()));
+        whole
+    })
 }
 
 /// The guest image, made once per test program.

@@ -1,6 +1,6 @@
 //! One virtual machine for a test: what fails panics, with the end of the guest's console.
 
-use super::image::{image, provisioned};
+use super::image::{image, image_with_programs, provisioned};
 use super::shared;
 use crate::deadline::until;
 use dmbridge_vm::{Machine, MachineOptions, Output, Running};
@@ -20,6 +20,11 @@ impl VmOptions {
     /// A VM without a device; the name is the guest's host name.
     pub fn new(name: &str) -> VmOptions {
         VmOptions(MachineOptions::new(name, image()))
+    }
+
+    /// A VM that has programs of others too: see [`image_with_programs`].
+    pub fn with_programs(name: &str) -> VmOptions {
+        VmOptions(MachineOptions::new(name, image_with_programs()).option("--memory", "768M"))
     }
 
     /// With a device, served at this vhost-user socket.
