@@ -2,9 +2,7 @@
 //! the same here.
 
 use anyhow::{Context, Result, bail};
-use dmbridge::Device;
 use serde::{Deserialize, Serialize};
-use std::cell::OnceCell;
 use std::time::Duration;
 
 use super::WORKER;
@@ -27,8 +25,6 @@ pub struct Worker {
     pub job: Job,
     /// The other one.
     pub rendezvous: Rendezvous,
-    /// Its device, if it is a virtual machine's.
-    pub device: OnceCell<Device>,
 }
 
 /// What each of the two processes says when it ends.
@@ -79,19 +75,5 @@ fn take_part(args: PairArgs, rendezvous: Rendezvous) -> Result<Option<Outcome>> 
     if let Site::Host { cpus, .. } = job.site {
         process::pin(cpus[args.role as usize])?;
     }
-    let mut worker = Worker { role: args.role, job, rendezvous, device: OnceCell::new() };
-    let outcome = transport::run(&mut worker)?;
-    // One leaves the device after the other: stock QEMU does not survive a device that is reset while the end of the other
-    // one takes mappings out of it (docs/what-stock-qemu-does.md).
-    if let Some(device) = worker.device.take() {
-        worker.rendezvous.meet()?;
-        if args.role == Role::B {
-            worker.rendezvous.hear::<()>()?;
-        }
-        drop(device);
-        if args.role == Role::A {
-            worker.rendezvous.tell(&())?;
-        }
-    }
-    Ok(outcome)
+    transport::run(&mut Worker { role: args.role, job, rendezvous })
 }

@@ -13,9 +13,10 @@ use crate::bench::measurement::Worker;
 use crate::bench::plan::Site;
 use crate::pair::Role;
 
-/// The largest write. vhost-device-vsock 0.3 hands a sender's packet to the receiver as it is, and what does not fit into
-/// the buffer there is lost: with Linux 6.1 these have 4 KiB, and a larger write makes larger packets.
-const PIECE: usize = 4096;
+/// The largest write, which becomes one packet. vhost-device-vsock 0.3 hands a sender's packet to the receiver as it is, and
+/// what does not fit into the buffer there is lost, and with it the connection. In Linux 6.1 a buffer is a page, of which the
+/// packet's header and the kernel's own books take some.
+const PIECE: usize = 3584;
 
 /// Connects the two processes.
 pub fn connect(worker: &mut Worker) -> Result<Descriptors> {
