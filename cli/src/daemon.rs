@@ -26,18 +26,27 @@ impl Daemon {
 
     /// The same, with a device at each of these sockets.
     pub fn with_sockets(scratch: &Scratch, sockets: &[PathBuf]) -> Result<Daemon> {
+        let sockets = sockets.iter().map(|socket| format!("--socket-path={}", socket.display()));
+        Daemon::launch(scratch, "", sockets.collect())
+    }
+
+    /// The same, copying by this engine only, beside others.
+    pub fn with_engine(scratch: &Scratch, engine: &str) -> Result<Daemon> {
+        Daemon::launch(scratch, &format!("{engine}-"), vec![format!("--engine={engine}")])
+    }
+
+    fn launch(scratch: &Scratch, name: &str, flags: Vec<String>) -> Result<Daemon> {
         let program = find_program("dmbridged").ok_or_else(|| {
             anyhow!(
                 "dmbridged was found neither next to this program nor in PATH; build it with `cargo build --release \
                  --workspace`, or install it"
             )
         })?;
-        let (hub, control) = (scratch.file("hub.sock"), scratch.file("control.sock"));
+        let hub = scratch.file(&format!("{name}hub.sock"));
+        let control = scratch.file(&format!("{name}control.sock"));
         let mut command = Command::new(&program);
         command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "error"]);
-        for socket in sockets {
-            command.arg("--socket-path").arg(socket);
-        }
+        command.args(flags);
         let mut child = BoundChild::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
         let deadline = Instant::now() + START;
         // It says nothing when it is ready, but answers.

@@ -34,6 +34,14 @@ struct Engine {
     workers: u32,
     copies: u64,
     bytes: u64,
+    #[serde(default)]
+    faults: u64,
+    #[serde(default)]
+    errors: u64,
+    #[serde(default)]
+    busy: u64,
+    #[serde(default)]
+    lost: bool,
 }
 
 #[derive(Deserialize)]
@@ -82,6 +90,17 @@ fn text(all: &Engines) -> String {
             out,
             "{:<14}{:>8}{:>14}{:>18}",
             engine.name, engine.workers, engine.copies, engine.bytes
+        );
+    }
+    for engine in
+        all.engines.iter().filter(|engine| engine.faults + engine.errors + engine.busy != 0 || engine.lost)
+    {
+        let Engine { name, faults, errors, busy, lost, .. } = engine;
+        let lost = if *lost { "; it did not answer and is not used any more" } else { "" };
+        let _ = writeln!(
+            out,
+            "{name}: a CPU finished {faults} copies at missing pages, and did {errors} that failed and {busy} for which \
+             the queue had no room{lost}"
         );
     }
     let mut route = None;
@@ -142,10 +161,10 @@ mod tests {
                                 {"engine": "cpu-node.0", "nanoseconds": 52429}]}]}"#;
         let text = text(&serde_json::from_str(json).unwrap());
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 9, "{text}");
+        assert_eq!(lines.len(), 10, "{text}");
         assert!(lines[0].ends_with("in 23.5 ms"));
-        assert!(lines[7].contains("16 ns   4.00 GB/s") && lines[7].contains('-'), "{text}");
-        assert!(lines[8].contains("1 MiB") && lines[8].contains("52.4 µs  20.00 GB/s"), "{text}");
-        assert!(lines[8].contains("setting"), "{text}");
+        assert!(lines[8].contains("16 ns   4.00 GB/s") && lines[8].contains('-'), "{text}");
+        assert!(lines[9].contains("1 MiB") && lines[9].contains("52.4 µs  20.00 GB/s"), "{text}");
+        assert!(lines[9].contains("setting"), "{text}");
     }
 }

@@ -41,6 +41,9 @@ enum Command {
     /// One of the two processes of a measurement
     #[command(hide = true, name = bench::WORKER)]
     BenchWorker(pair::PairArgs),
+    /// One of the processes of a pattern
+    #[command(hide = true, name = bench::MEMBER)]
+    BenchMember(bench::MemberArgs),
     /// Runs in a guest what the host asks for
     #[command(hide = true, name = bench::AGENT)]
     GuestAgent,
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Engines(args) => engines::run(args),
         Command::GuestSetup(args) => dmbridge_guest_setup::run(&args).map_err(Into::into),
         Command::BenchWorker(args) => bench::work(args),
+        Command::BenchMember(args) => bench::work_as_member(args),
         Command::GuestAgent => Err(dmbridge_vm::guest_agent::serve().into()),
         Command::DemoWorker(args) => demo::work(args),
     };

@@ -26,12 +26,14 @@ mod vms;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use self::case::patterns;
 use crate::daemon::Daemon;
 use crate::process::find_program;
 use crate::scratch::Scratch;
@@ -42,6 +44,7 @@ use plan::{Case, Job, Line, Place, RingShape, Site, Transport, Work};
 use report::{Measured, Run, html, json, table};
 use vms::{Parts, Vms};
 
+pub use case::patterns::{MEMBER, MemberArgs, work as work_as_member};
 pub use measurement::work;
 pub use vms::AGENT;
 
@@ -99,6 +102,9 @@ pub fn run(args: Args) -> Result<()> {
 
     let mut bench = Bench::new(&args, &run.machine, &lines, parts.as_ref())?;
     bench.measure(&mut run, &lines)?;
+    if cases.contains(&Case::Patterns) {
+        bench.patterns(&mut run, &transports)?;
+    }
     if cases.contains(&Case::Scale) && transports.iter().any(|t| t.is_ours()) {
         bench.scale(&mut run)?;
     }
@@ -167,7 +173,8 @@ fn refuse_nonsense(args: &Args, lines: &[Line]) -> Result<()> {
     }
     for transport in &args.transports {
         let scale = transport.is_ours() && args.cases.contains(&Case::Scale);
-        if !scale && !lines.iter().any(|line| line.transports.contains(transport)) {
+        let pattern = patterns::WAYS.contains(transport) && args.cases.contains(&Case::Patterns);
+        if !scale && !pattern && !lines.iter().any(|line| line.transports.contains(transport)) {
             let cases: Vec<_> = args.cases.iter().map(|case| case.name()).collect();
             return Err(usage(format!(
                 "{} says nothing in {}; choose another case for it",
@@ -185,6 +192,8 @@ struct Bench {
     vms: Option<Vms>,
     scratch: Scratch,
     daemon: Option<Daemon>,
+    /// Daemons that copy by one engine only.
+    engines: Vec<(&'static str, Daemon)>,
     rounds: u32,
     duration: Duration,
     cpus: [usize; 2],
@@ -195,8 +204,14 @@ impl Bench {
     fn new(args: &Args, machine: &Machine, lines: &[Line], parts: Option<&Parts>) -> Result<Bench> {
         let scratch = Scratch::new(transport::remove_leftovers)?;
         let vms = parts.map(|parts| Vms::boot(parts, &scratch)).transpose()?;
-        let ours = lines.iter().flat_map(|line| &line.transports).any(|t| t.is_ours());
+        let used: HashSet<Transport> =
+            lines.iter().flat_map(|line| line.transports.iter().copied()).collect();
+        let ours =
+            used.iter().any(|t| t.is_ours() && t.engine().is_none()) || args.cases.contains(&Case::Patterns);
         let daemon = (ours && vms.is_none()).then(|| Daemon::start(&scratch)).transpose()?;
+        let engines = used.iter().filter_map(|transport| transport.engine());
+        let engines = engines.map(|engine| Ok((engine, Daemon::with_engine(&scratch, engine)?)));
+        let engines = engines.collect::<Result<_>>()?;
         let [quick, thorough] = match &vms {
             Some(_) => [50, 1000],
             None => [20, 300],
@@ -205,6 +220,7 @@ impl Bench {
             vms,
             scratch,
             daemon,
+            engines,
             rounds: args.rounds,
             duration: Duration::from_millis(if args.quick { quick } else { thorough }),
             cpus: machine.cpus_used,
@@ -247,10 +263,53 @@ impl Bench {
         Ok(())
     }
 
+    /// The hub of the daemon that a transport needs.
+    fn hub(&self, transport: Transport) -> Option<&Path> {
+        let of_engine = || {
+            let mut engines = self.engines.iter();
+            engines.find(|(engine, _)| transport.engine() == Some(engine)).map(|(_, daemon)| daemon)
+        };
+        of_engine().or(self.daemon.as_ref()).map(Daemon::hub)
+    }
+
+    /// Measures patterns of several processes, all ways in turn, round by round.
+    fn patterns(&mut self, run: &mut Run, transports: &[Transport]) -> Result<()> {
+        let Some(hub) = self.daemon.as_ref().map(|daemon| daemon.hub().to_owned()) else { return Ok(()) };
+        let ways: Vec<Transport> =
+            patterns::WAYS.into_iter().filter(|way| transports.contains(way)).collect();
+        for members in patterns::SIZES {
+            for pattern in patterns::Pattern::value_variants() {
+                let name = plan::name_of(pattern);
+                let name = format!("pattern-{name}-{members}");
+                self.progress.show(&name);
+                let mut rounds = vec![Vec::new(); ways.len()];
+                for _ in 0..self.rounds {
+                    for (way, rounds) in ways.iter().zip(&mut rounds) {
+                        let what = || format!("{name} by {}", way.name());
+                        let speed = patterns::run(&hub, self.cpus, *pattern, members, *way, self.duration)
+                            .with_context(what)?;
+                        rounds.push(speed / 1e9);
+                    }
+                }
+                run.results.extend(ways.iter().zip(rounds).map(|(way, rounds)| Measured {
+                    case: name.clone(),
+                    transport: *way,
+                    unit: plan::Unit::GigabytesPerSecond.name(),
+                    rounds,
+                    p50: None,
+                    p99: None,
+                    samples: None,
+                }));
+            }
+        }
+        Ok(())
+    }
+
     /// Measures one daemon with more and more devices.
     fn scale(&mut self, run: &mut Run) -> Result<()> {
         // Nothing else shall run beside them.
         self.daemon = None;
+        self.engines.clear();
         for count in case::scale::DEVICES {
             self.progress.show(&format!("scale, {count} devices"));
             let what = || format!("scale with {count} devices");
@@ -283,7 +342,7 @@ impl Bench {
                 None => Site::Host {
                     cpus: self.cpus,
                     folder: self.scratch.path().to_owned(),
-                    hub: self.daemon.as_ref().map(|daemon| daemon.hub().to_owned()),
+                    hub: self.hub(transport).map(Path::to_owned),
                 },
             },
             ring,

@@ -35,6 +35,24 @@ pub enum Case {
     /// One-way transfers of 64 bytes, several at a time, into memory of the receiver
     #[value(name = "move-64")]
     Move64,
+    /// The same of 4 KiB
+    #[value(name = "move-4k")]
+    Move4k,
+    /// The same of 64 KiB
+    #[value(name = "move-64k")]
+    Move64k,
+    /// The same of 16 MiB
+    #[value(name = "move-16m")]
+    Move16m,
+    /// Messages of 1 MiB, from several buffers of the sender's own into several of the receiver's own
+    #[value(name = "cma-large-1m")]
+    CmaLarge1m,
+    /// The same of 16 MiB
+    #[value(name = "cma-large-16m")]
+    CmaLarge16m,
+    /// Ping-pong, ping-ping, and rings of two and of four processes, messages of 1 MiB
+    #[value(name = "patterns")]
+    Patterns,
     /// One daemon with 1, 10, 100 and 1,000 devices
     #[value(name = "scale")]
     Scale,
@@ -53,6 +71,14 @@ pub enum Transport {
     DmbridgeInplace,
     /// DMBs that the device copies into
     DmbridgeMove,
+    /// Messages over DMBs, or directly from buffer to buffer, as the library chooses
+    DmbridgeMessage,
+    /// Messages directly from buffer to buffer (CMA), both processes copying
+    DmbridgeDirect,
+    /// As dmbridge-move, with a daemon whose mover copies everything by itself
+    EngineCpu,
+    /// As dmbridge-move, with a daemon whose workers copy everything
+    EngineCpuNode,
     /// TCP with TCP_NODELAY: over the loopback interface; with --vms over virtio-net
     Tcp,
     /// UNIX stream sockets
@@ -138,6 +164,11 @@ pub enum Work {
     },
     /// Messages one way, as fast as they go.
     Stream {
+        /// Size of each message.
+        bytes: usize,
+    },
+    /// As `Stream`, from and into several buffers of each side's own.
+    Large {
         /// Size of each message.
         bytes: usize,
     },
@@ -235,7 +266,12 @@ impl Case {
             Case::Produce64k => (Work::Produce { bytes: 64 << 10 }, Unit::GigabytesPerSecond),
             Case::Move1m => (Work::Move { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
             Case::Move64 => (Work::Move { bytes: 64 }, Unit::PerSecond),
-            Case::Scale | Case::Sweep => return None,
+            Case::Move4k => (Work::Move { bytes: 4 << 10 }, Unit::GigabytesPerSecond),
+            Case::Move64k => (Work::Move { bytes: 64 << 10 }, Unit::GigabytesPerSecond),
+            Case::Move16m => (Work::Move { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
+            Case::CmaLarge1m => (Work::Large { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
+            Case::CmaLarge16m => (Work::Large { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
+            Case::Scale | Case::Sweep | Case::Patterns => return None,
         })
     }
 }
@@ -248,7 +284,26 @@ impl Transport {
 
     /// Whether it needs the daemon.
     pub fn is_ours(self) -> bool {
-        matches!(self, Transport::DmbridgeMap | Transport::DmbridgeInplace | Transport::DmbridgeMove)
+        use Transport::*;
+        matches!(
+            self,
+            DmbridgeMap
+                | DmbridgeInplace
+                | DmbridgeMove
+                | DmbridgeMessage
+                | DmbridgeDirect
+                | EngineCpu
+                | EngineCpuNode
+        )
+    }
+
+    /// The only engine of the daemon that it needs for itself, if it does.
+    pub fn engine(self) -> Option<&'static str> {
+        match self {
+            Transport::EngineCpu => Some("cpu"),
+            Transport::EngineCpuNode => Some("cpu-node"),
+            _ => None,
+        }
     }
 
     /// Whether it is a limit of the machine rather than something that a program could use.
@@ -262,6 +317,7 @@ impl Transport {
         match self {
             DmbridgeMap | DmbridgeInplace | DmbridgeMove | Tcp => true,
             Vsock => place == Place::Vms,
+            DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => place == Place::Host,
             Uds | Pipe | Iceoryx2 | Ucx | Memcpy | Ring | Cacheline => place == Place::Host,
         }
     }
@@ -275,19 +331,44 @@ impl Transport {
                 DmbridgeMove => cpus > 2,
                 DmbridgeMap | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock | Ring => true,
                 Cacheline => bytes <= 56,
-                DmbridgeInplace | Memcpy => false,
+                DmbridgeInplace | Memcpy | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
+                    false
+                }
             },
             // Its own program knows no silence.
             Work::PingPong { wait: Wait::Silence, .. } if self == Ucx => false,
             Work::PingPong { .. } => {
                 matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock)
             }
-            Work::Stream { .. } => !matches!(self, DmbridgeInplace | Cacheline),
+            Work::Stream { .. } => {
+                matches!(
+                    self,
+                    DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock | Ring | Memcpy
+                )
+            }
+            Work::Large { .. } => {
+                matches!(
+                    self,
+                    DmbridgeMap | DmbridgeMessage | DmbridgeDirect | Tcp | Uds | Pipe | Ucx | Ring | Memcpy
+                )
+            }
             Work::Produce { .. } => {
                 matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Vsock | Ring)
             }
             Work::Move { .. } => {
-                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Ucx | Vsock | Memcpy)
+                matches!(
+                    self,
+                    DmbridgeMap
+                        | DmbridgeMove
+                        | EngineCpu
+                        | EngineCpuNode
+                        | Tcp
+                        | Uds
+                        | Pipe
+                        | Ucx
+                        | Vsock
+                        | Memcpy
+                )
             }
         }
     }
@@ -327,7 +408,8 @@ pub fn lines(cases: &[Case], transports: &[Transport], cpus: usize) -> Vec<Line>
     all
 }
 
-fn name_of<T: ValueEnum>(value: &T) -> String {
+/// A value's name on the command line.
+pub fn name_of<T: ValueEnum>(value: &T) -> String {
     value.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
 }
 
@@ -355,6 +437,11 @@ mod tests {
                 ("stream-64k", &[Transport::Memcpy]),
                 ("move-1m", &[Transport::Memcpy]),
                 ("move-64", &[Transport::Memcpy]),
+                ("move-4k", &[Transport::Memcpy]),
+                ("move-64k", &[Transport::Memcpy]),
+                ("move-16m", &[Transport::Memcpy]),
+                ("cma-large-1m", &[Transport::Memcpy]),
+                ("cma-large-16m", &[Transport::Memcpy]),
             ]
         );
     }

@@ -1,5 +1,6 @@
 //! The cases, each written once over the traits of [`transport`](super::transport).
 
+pub mod patterns;
 pub mod pingpong;
 pub mod produce;
 pub mod scale;

@@ -12,18 +12,43 @@ use crate::pair::Role;
 
 /// Plays A's or B's part. The value is in bytes per second.
 pub fn run<D: Duplex>(worker: &mut Worker, end: &mut D, bytes: usize) -> Result<Option<Outcome>> {
-    let mut message = vec![phase::WARM_UP; bytes];
+    run_from(worker, end, bytes, 1)
+}
+
+/// Buffers of each side for large messages: who sends a large message has filled it, and not from the cache's content of
+/// a moment ago.
+pub const LARGE_BUFFERS: usize = 4;
+
+/// The same from and into several buffers in turn.
+pub fn run_large<D: Duplex>(worker: &mut Worker, end: &mut D, bytes: usize) -> Result<Option<Outcome>> {
+    run_from(worker, end, bytes, LARGE_BUFFERS)
+}
+
+fn run_from<D: Duplex>(
+    worker: &mut Worker,
+    end: &mut D,
+    bytes: usize,
+    buffers: usize,
+) -> Result<Option<Outcome>> {
+    let mut messages = vec![vec![phase::WARM_UP; bytes]; buffers];
+    let mut next = 0;
+    let mut message = move || {
+        next = (next + 1) % buffers;
+        next
+    };
     worker.rendezvous.meet()?;
     let outcome = match worker.role {
         Role::A => {
             send(worker, bytes, |phase| {
+                let message = &mut messages[message()];
                 message[0] = phase;
-                end.send(&message)
+                end.send(message)
             })?;
             None
         }
         Role::B => Some(receive(bytes, || {
-            end.receive(&mut message)?;
+            let message = &mut messages[message()];
+            end.receive(message)?;
             Ok(message[0])
         })?),
     };

@@ -61,9 +61,13 @@ impl Measured {
         let convert = |raw: f64| match (work, unit) {
             (Work::PingPong { .. }, Unit::Nanoseconds) => raw / 2.0,
             (Work::PingPong { .. }, _) => 1e9 / raw,
-            (Work::Stream { bytes } | Work::Produce { bytes } | Work::Move { bytes }, Unit::PerSecond) => {
-                raw / bytes as f64
-            }
+            (
+                Work::Stream { bytes }
+                | Work::Large { bytes }
+                | Work::Produce { bytes }
+                | Work::Move { bytes },
+                Unit::PerSecond,
+            ) => raw / bytes as f64,
             _ => raw / 1e9,
         };
         let mut samples = Samples::new();

@@ -16,7 +16,7 @@ pub struct Promise {
 }
 
 /// What the project promises of this benchmark.
-const PROMISES: [Promise; 7] = [
+const PROMISES: [Promise; 11] = [
     promise("14 bytes one way, both polling", "latency-14", DmbridgeMap, Cacheline, 3.0, 2.0),
     promise("14 bytes one way, receiver asleep", "latency-14-sleep", DmbridgeMap, Tcp, 0.7, 0.5),
     promise("stream of 64 KiB writes", "stream-64k", DmbridgeMap, Tcp, 2.0, 3.0),
@@ -24,6 +24,19 @@ const PROMISES: [Promise; 7] = [
     promise("every byte made and read, in place", "produce-64k", DmbridgeInplace, DmbridgeMap, 1.3, 1.7),
     promise("100-byte request and response", "rate-100", DmbridgeMap, Tcp, 5.0, 20.0),
     promise("move of 1 MiB", "move-1m", DmbridgeMove, Memcpy, 0.8, 0.95),
+    promise("1 MiB, buffer to buffer", "cma-large-1m", DmbridgeDirect, DmbridgeMap, 1.5, 2.0),
+    promise("16 MiB, buffer to buffer", "cma-large-16m", DmbridgeDirect, DmbridgeMap, 1.5, 2.0),
+    promise("1 MiB, buffer to buffer", "cma-large-1m", DmbridgeMessage, Tcp, 2.0, 3.0),
+    promise("16 MiB, buffer to buffer", "cma-large-16m", DmbridgeMessage, Tcp, 2.0, 3.0),
+];
+
+/// Moves by the engine that the daemon chose, as a multiple of those by the best one, by case.
+const CHOSEN: [(&str, &str, f64); 5] = [
+    ("move of 64 bytes, chosen engine", "move-64", 0.97),
+    ("move of 4 KiB, chosen engine", "move-4k", 0.95),
+    ("move of 64 KiB, chosen engine", "move-64k", 0.95),
+    ("move of 1 MiB, chosen engine", "move-1m", 0.95),
+    ("move of 16 MiB, chosen engine", "move-16m", 0.95),
 ];
 
 /// What it promises between two virtual machines: of the library what AF_SMC has to reach too.
@@ -77,8 +90,22 @@ pub fn verdicts(run: &Run) -> Vec<Verdict> {
             reached: if less { ratio <= p.must } else { ratio >= p.must },
         })
     };
+    let chosen = |(what, case, must): &(&'static str, &str, f64)| {
+        let engines = [EngineCpu, EngineCpuNode].into_iter().filter_map(|engine| run.value(case, engine));
+        let best =
+            engines.fold(None, |best: Option<f64>, value| Some(best.map_or(value, |b| b.max(value))))?;
+        let ratio = run.value(case, DmbridgeMove)? / best;
+        Some(Verdict {
+            what,
+            of: format!("{} / best engine", DmbridgeMove.name()),
+            ratio,
+            must: format!("≥ {must}"),
+            aim: "≥ 1".to_owned(),
+            reached: ratio >= *must,
+        })
+    };
     let promises: &[Promise] = if run.machine.guests.is_some() { &VM_PROMISES } else { &PROMISES };
-    promises.iter().filter_map(verdict).collect()
+    promises.iter().filter_map(verdict).chain(CHOSEN.iter().filter_map(chosen)).collect()
 }
 
 /// The whole text. The sweep is left out: it is many figures, and a picture shows them better.

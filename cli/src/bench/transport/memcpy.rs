@@ -4,6 +4,7 @@
 use anyhow::{Result, bail};
 
 use super::{Transfer, over_transfers};
+use crate::bench::case::stream::LARGE_BUFFERS;
 use crate::bench::case::transfer::BUFFERS;
 use crate::bench::measure::Outcome;
 use crate::bench::measurement::Worker;
@@ -29,6 +30,7 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
         // A stream is sent from one buffer into a ring; a transfer from buffer n into place n.
         Work::Stream { bytes } => (bytes, 1, (shape.bytes / bytes).max(1)),
         Work::Move { bytes } => (bytes, BUFFERS, BUFFERS),
+        Work::Large { bytes } => (bytes, LARGE_BUFFERS, LARGE_BUFFERS),
         work => bail!("{work:?} is not a copy"),
     };
     let target = Shared::new(worker.role, &worker.rendezvous, bytes * targets)?;

@@ -72,7 +72,9 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
         Transport::Iceoryx2 => bail!("this program was built without its feature `iceoryx2`"),
         Transport::DmbridgeMap => dmbridge::map(worker),
         Transport::DmbridgeInplace => dmbridge::in_place(worker),
-        Transport::DmbridgeMove => dmbridge::moved(worker),
+        Transport::DmbridgeMove | Transport::EngineCpu | Transport::EngineCpuNode => dmbridge::moved(worker),
+        Transport::DmbridgeMessage => dmbridge::messages(worker),
+        Transport::DmbridgeDirect => dmbridge::direct(worker),
     }
 }
 
@@ -85,6 +87,7 @@ fn over_copies<D: Duplex>(
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut end, bytes),
         Work::Stream { bytes } => stream::run(worker, &mut end, bytes),
+        Work::Large { bytes } => stream::run_large(worker, &mut end, bytes),
         Work::Produce { bytes } => produce::run(worker, &mut Copied::new(end, bytes), bytes),
         // What has no memory of the receiver to transfer into is measured to where the receiver has the bytes.
         Work::Move { bytes } => stream::run(worker, &mut end, bytes),

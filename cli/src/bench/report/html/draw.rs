@@ -22,6 +22,10 @@ pub fn colour(transport: Transport) -> RGBColor {
     match transport {
         Transport::DmbridgeMap => RGBColor(0x12, 0x5d, 0xc4),
         Transport::DmbridgeInplace => RGBColor(0x00, 0x8f, 0x7a),
+        Transport::DmbridgeMessage => RGBColor(0x2f, 0x7f, 0xe0),
+        Transport::DmbridgeDirect => RGBColor(0x00, 0x6b, 0x8f),
+        Transport::EngineCpu => RGBColor(0xa0, 0x72, 0xd0),
+        Transport::EngineCpuNode => RGBColor(0x55, 0x2a, 0x88),
         Transport::DmbridgeMove => RGBColor(0x7b, 0x3f, 0xb5),
         Transport::Tcp => RGBColor(0xd9, 0x7c, 0x3a),
         Transport::Uds => RGBColor(0xc2, 0xa0, 0x3c),

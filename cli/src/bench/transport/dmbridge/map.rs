@@ -18,6 +18,7 @@ pub fn map(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut Stream::open(worker)?, bytes),
         Work::Stream { bytes } => stream::run(worker, &mut Stream::open(worker)?, bytes),
+        Work::Large { bytes } => stream::run_large(worker, &mut Stream::open(worker)?, bytes),
         Work::Produce { bytes } => {
             let stream = Stream::open(worker)?;
             produce::run(worker, &mut Copied::new(stream, bytes), bytes)

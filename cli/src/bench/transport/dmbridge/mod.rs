@@ -2,9 +2,11 @@
 //! each owns for the other.
 
 mod map;
+mod message;
 mod moved;
 
 pub use map::{in_place, map};
+pub use message::{direct, messages};
 pub use moved::moved;
 
 use anyhow::{Context, Result};

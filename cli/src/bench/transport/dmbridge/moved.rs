@@ -1,7 +1,7 @@
 //! DMBs in their owner's own memory, which only the device can write: as for two virtual machines whose monitors cannot
 //! map. Messages go as Linux's SMC-D sends them over ISM: a move of the data into a ring, then one of a cursor.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use dmbridge::{Dmb, MoveBuffer, Mover, Ticket};
 use std::collections::VecDeque;
 
@@ -26,6 +26,7 @@ pub fn moved(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut Stream::open(worker)?, bytes),
         Work::Stream { bytes } => stream::run(worker, &mut Stream::open(worker)?, bytes),
+        Work::Large { .. } => bail!("moves of this size are Work::Move"),
         Work::Produce { bytes } => {
             let stream = Stream::open(worker)?;
             produce::run(worker, &mut Copied::new(stream, bytes), bytes)
