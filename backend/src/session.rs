@@ -265,6 +265,7 @@ impl Session {
             ram: features.contains(Features::RAM_DMB),
             futex: features.contains(Features::FUTEX),
             rendezvous: features.contains(Features::RENDEZVOUS),
+            private_line: features.contains(Features::PRIVATE_LINE),
         }
     }
 

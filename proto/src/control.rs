@@ -18,6 +18,8 @@ bitflags::bitflags! {
     pub struct RegisterFlags: u32 {
         /// The DMB lies in the owner's own memory.
         const RAM = 1 << 0;
+        /// In the pool, with a control line that is alone in its page.
+        const PRIVATE_LINE = 1 << 1;
     }
 }
 
@@ -29,6 +31,8 @@ bitflags::bitflags! {
         const MAP = 1 << 0;
         /// Both can use futexes on the control line.
         const FUTEX = 1 << 1;
+        /// No other DMB has its control line in the same page (not in the reply of `QUERY_GID`).
+        const PRIVATE_LINE = 1 << 2;
     }
 }
 
@@ -46,6 +50,8 @@ pub struct Segment {
 pub enum Home<'a> {
     /// In the host's pool.
     Pool,
+    /// In the host's pool, and no other DMB has its control line in the same page.
+    PoolPrivate,
     /// In the owner's own memory.
     Ram {
         /// Guest-physical address of the control line.
@@ -341,6 +347,9 @@ impl<'a> Register<'a> {
             return Err(Status::Invalid);
         }
         let home = if flags.contains(RegisterFlags::RAM) {
+            if flags.contains(RegisterFlags::PRIVATE_LINE) {
+                return Err(Status::Invalid);
+            }
             if w.num_segments.get() > max_segments {
                 return Err(Status::TooBig);
             }
@@ -366,7 +375,7 @@ impl<'a> Register<'a> {
             if w.num_segments.get() != 0 || w.line_addr.get() != 0 {
                 return Err(Status::Invalid);
             }
-            Home::Pool
+            if flags.contains(RegisterFlags::PRIVATE_LINE) { Home::PoolPrivate } else { Home::Pool }
         };
         Ok(Register { rgid: Gid::from_bytes(w.rgid), size, home })
     }
@@ -374,6 +383,7 @@ impl<'a> Register<'a> {
     fn emit(&self, mut put: impl FnMut(&[u8])) {
         let (flags, line_addr, segments) = match self.home {
             Home::Pool => (RegisterFlags::empty(), 0, Segments(&[])),
+            Home::PoolPrivate => (RegisterFlags::PRIVATE_LINE, 0, Segments(&[])),
             Home::Ram { line_addr, segments } => (RegisterFlags::RAM, line_addr, segments),
         };
         put(RegisterWire {
@@ -585,6 +595,7 @@ mod tests {
         for request in [
             Request::QueryGid(gid),
             Request::Register(Register { rgid: gid, size: 4096, home: Home::Pool }),
+            Request::Register(Register { rgid: gid, size: 4096, home: Home::PoolPrivate }),
             Request::Unregister(token),
             Request::Attach(token),
             Request::Detach(token),

@@ -2,10 +2,12 @@
 
 /// Size of a control line, in bytes.
 pub const LINE_SIZE: u64 = 64;
+/// Control lines in a page, which is what a driver can hand to a program.
+pub const LINES_PER_PAGE: u16 = (crate::GRANULE / LINE_SIZE) as u16;
 /// The smallest extent, in bytes.
 pub const MIN_EXTENT_SIZE: u64 = 1 << 20;
 /// Bytes of an extent for each control line in it.
-const BYTES_PER_LINE: u64 = 8192;
+pub const BYTES_PER_LINE: u64 = 8192;
 /// A line's number has 16 bits.
 const MAX_LINES: u64 = 1 << 16;
 

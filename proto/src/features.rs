@@ -12,6 +12,8 @@ bitflags::bitflags! {
         const FUTEX = 1 << 2;
         /// `DMBRIDGE_F_RENDEZVOUS`: drivers meet by a key.
         const RENDEZVOUS = 1 << 3;
+        /// `DMBRIDGE_F_PRIVATE_LINE`: a DMB's control line may be alone in its page.
+        const PRIVATE_LINE = 1 << 4;
         /// `VIRTIO_F_INDIRECT_DESC`.
         const RING_INDIRECT_DESC = 1 << 28;
         /// `VIRTIO_F_EVENT_IDX`.

@@ -2,6 +2,7 @@
 
 use super::device::SlotState;
 use super::{DeviceId, Dmb, Fabric};
+use crate::pool::lines::Want;
 use crate::port::{Home as TargetHome, RamSegment, Target};
 use dmbridge_proto::control::{
     AttachReply, Home, PairFlags, Register, RegisterReply, Reply, Request, SignalEvent,
@@ -77,6 +78,7 @@ impl Fabric {
         }
         let able = match register.home {
             Home::Pool => device.capabilities.map,
+            Home::PoolPrivate => device.capabilities.map && device.capabilities.private_line,
             Home::Ram { .. } => device.capabilities.ram,
         };
         if !able {
@@ -85,7 +87,7 @@ impl Fabric {
         let peer = &self.find(&device.group, register.rgid).ok_or(Status::NoEntry)?.device;
         let (peer_id, peer_gid) = (peer.id, peer.gid);
         let ram = match register.home {
-            Home::Pool => None,
+            Home::Pool | Home::PoolPrivate => None,
             Home::Ram { line_addr, segments } => {
                 let memory = device.port.memory.read();
                 let mut offset = 0;
@@ -117,7 +119,9 @@ impl Fabric {
                 self.register_ram(id, peer_id, peer_gid, register.size, line_addr, segments)?
             }
             None => {
-                let extent = match (self.find_room(id, peer_id, register.size), attempt) {
+                let lines =
+                    if register.home == Home::PoolPrivate { Want::PrivateLine } else { Want::AnyLine };
+                let extent = match (self.find_room(id, peer_id, register.size, lines), attempt) {
                     (Some(extent), _) => extent,
                     (None, Attempt::After(Err(status))) => return Err(status),
                     // The new extent is there and was filled by nobody else: it ended again.
@@ -127,7 +131,7 @@ impl Fabric {
                         return Ok(self.wait(id, extent));
                     }
                 };
-                self.register_in(extent, id, peer_id, peer_gid, register.size)?
+                self.register_in(extent, id, peer_id, peer_gid, register.size, lines)?
             }
         };
         self.register_reply(token).map(Wait::Ready)
@@ -140,9 +144,10 @@ impl Fabric {
         peer: DeviceId,
         peer_gid: Gid,
         size: u64,
+        lines: Want,
     ) -> Result<Token, Status> {
         let memory = &mut self.extents.get_mut(&extent).ok_or(Status::NoSpace)?.memory;
-        let place = memory.take(size).ok_or(Status::NoSpace)?;
+        let place = memory.take(size, lines).ok_or(Status::NoSpace)?;
         let home = TargetHome::Pool {
             file: memory.file().clone(),
             offset: place.offset,
@@ -209,6 +214,7 @@ impl Fabric {
             let slot = self.slot(dmb.owner, *extent).ok_or(Status::NoSpace)?;
             (offset, line_offset) = (slot.offset + place.offset, slot.offset + place.line_offset());
             flags.set(PairFlags::MAP, self.slot(dmb.peer, *extent).is_some());
+            flags.set(PairFlags::PRIVATE_LINE, place.private_line);
         }
         Ok(RegisterReply { token, offset, line_offset, size: dmb.size, index: dmb.index, flags })
     }
@@ -269,7 +275,8 @@ impl Fabric {
             }
         };
         let gid = self.devices.get(&owner).ok_or(Status::NoEntry)?.device.gid;
-        let flags = self.pair_flags(owner, id);
+        let mut flags = self.pair_flags(owner, id);
+        flags.set(PairFlags::PRIVATE_LINE, place.private_line);
         if let Some(dmb) = self.dmbs.get_mut(&token) {
             dmb.attached = true;
         }

@@ -36,6 +36,8 @@ pub struct Capabilities {
     pub futex: bool,
     /// The driver meets others by keys.
     pub rendezvous: bool,
+    /// Its driver may ask for control lines that are alone in their page.
+    pub private_line: bool,
 }
 
 /// What a device brings along when it is started.

@@ -6,6 +6,7 @@ use crate::frontend::{MapOutcome, MapRequest};
 use crate::placement::Placement;
 use crate::placement::pages::Policy;
 use crate::pool::PoolError;
+use crate::pool::lines::Want;
 use dmbridge_proto::event::{Event, ExtentInfo};
 use dmbridge_proto::extent::Geometry;
 use dmbridge_proto::ids::{ExtentId, Gid};
@@ -17,12 +18,18 @@ fn info(extent: ExtentId, slot: &Slot) -> ExtentInfo {
 
 impl Fabric {
     /// An extent of this owner for this peer that is mapped and has room for a DMB.
-    pub(super) fn find_room(&self, owner: DeviceId, peer: DeviceId, size: u64) -> Option<ExtentId> {
+    pub(super) fn find_room(
+        &self,
+        owner: DeviceId,
+        peer: DeviceId,
+        size: u64,
+        lines: Want,
+    ) -> Option<ExtentId> {
         let state = self.devices.get(&owner)?;
         let mut extents = state.pairs.get(&peer)?.iter().rev().copied();
         extents.find(|id| {
             state.slots.get(id).is_some_and(|slot| slot.state == SlotState::Mapped)
-                && self.extents.get(id).is_some_and(|e| e.memory.fits(size))
+                && self.extents.get(id).is_some_and(|e| e.memory.fits(size, lines))
         })
     }
 

@@ -16,7 +16,8 @@ use std::fs::File;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
-const ABLE: Capabilities = Capabilities { map: true, ram: true, futex: false, rendezvous: true };
+const ABLE: Capabilities =
+    Capabilities { map: true, ram: true, futex: false, rendezvous: true, private_line: true };
 
 /// A fabric whose front-ends answer when the test says so.
 struct World {
@@ -561,4 +562,22 @@ fn two_devices_that_know_a_key_meet_and_a_third_waits_for_a_fourth() {
     assert_eq!(world.command(b, &Request::Rendezvous(many(MAX_RENDEZVOUS))), Err(Status::Quota));
     world.fabric.leave(b, GoneReason::Left);
     assert_eq!(world.command(a, &Request::Rendezvous(many(0))), nobody);
+}
+
+#[test]
+fn a_private_line_is_had_by_who_asks_and_by_large_dmbs() {
+    let mut world = World::new();
+    let (a, b) = (world.join(ABLE), world.join(ABLE));
+    let rgid = world.gid(b);
+    let flag = |reply: RegisterReply| reply.flags.contains(PairFlags::PRIVATE_LINE);
+    let page = |reply: RegisterReply| reply.line_offset / 4096;
+    let plain = world.register_for(a, rgid, 4096, Home::Pool).unwrap();
+    let private = world.register_for(a, rgid, 4096, Home::PoolPrivate).unwrap();
+    let large = world.register_for(a, rgid, 512 << 10, Home::Pool).unwrap();
+    assert_eq!([plain, private, large].map(flag), [false, true, true]);
+    let others = [(); 100].map(|()| world.register_for(a, rgid, 4096, Home::Pool).unwrap());
+    assert!(others.iter().all(|other| ![page(private), page(large)].contains(&page(*other))));
+    assert!(world.attach(b, private.token).unwrap().flags.contains(PairFlags::PRIVATE_LINE));
+    let unable = world.join(Capabilities { private_line: false, ..ABLE });
+    assert_eq!(world.register_for(unable, rgid, 4096, Home::PoolPrivate), Err(Status::NotSupported));
 }

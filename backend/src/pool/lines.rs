@@ -1,5 +1,7 @@
 //! Allocation of control lines in an extent, and of their generations (`docs/device.md`, 8). Only numbers, no memory.
 
+use dmbridge_proto::extent::LINES_PER_PAGE;
+use std::collections::{HashSet, VecDeque};
 use std::num::NonZeroU16;
 
 /// The lines of one extent.
@@ -10,9 +12,22 @@ pub struct Lines {
     fresh: u32,
     /// Lines that are free again; the one that was freed last comes last to be used again, so that an old token stays
     /// wrong for as long as possible.
-    free: std::collections::VecDeque<u16>,
+    free: VecDeque<u16>,
+    /// First lines of pages that are free again and in which no line is in use.
+    free_pages: VecDeque<u16>,
+    /// Lines that are alone in their page.
+    private: HashSet<u16>,
     /// Generations of the lines that were used.
     generations: Vec<u16>,
+}
+
+/// Which line is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Any.
+    AnyLine,
+    /// One whose page has no other line that is in use: so that a guest's kernel can hand it to a program.
+    PrivateLine,
 }
 
 impl Lines {
@@ -21,33 +36,74 @@ impl Lines {
         Lines {
             count: count.min(1 << 16) as u32,
             fresh: 0,
-            free: std::collections::VecDeque::new(),
+            free: VecDeque::new(),
+            free_pages: VecDeque::new(),
+            private: HashSet::new(),
             generations: Vec::new(),
         }
     }
 
     /// Whether a line is free.
-    pub fn fits(&self) -> bool {
-        self.fresh < self.count || !self.free.is_empty()
+    pub fn fits(&self, want: Want) -> bool {
+        match want {
+            Want::AnyLine => self.fresh < self.count || !self.free.is_empty() || !self.free_pages.is_empty(),
+            Want::PrivateLine => !self.free_pages.is_empty() || self.fresh_page().is_some(),
+        }
+    }
+
+    /// The first line of the first page in which no line was ever used.
+    fn fresh_page(&self) -> Option<u32> {
+        let first = self.fresh.next_multiple_of(LINES_PER_PAGE.into());
+        (first + u32::from(LINES_PER_PAGE) <= self.count).then_some(first)
     }
 
     /// Takes a line, with a generation that it did not have the last time.
-    pub fn take(&mut self) -> Option<(u16, NonZeroU16)> {
-        let line = if self.fresh < self.count {
-            self.fresh += 1;
-            self.generations.push(0);
-            (self.fresh - 1) as u16
-        } else {
-            self.free.pop_front()?
+    pub fn take(&mut self, want: Want) -> Option<(u16, NonZeroU16)> {
+        let line = match want {
+            Want::AnyLine => self.take_any()?,
+            Want::PrivateLine => self.take_page()?,
         };
         let generation = &mut self.generations[usize::from(line)];
         *generation = generation.checked_add(1).unwrap_or(1);
         Some((line, NonZeroU16::new(*generation).unwrap_or(NonZeroU16::MIN)))
     }
 
+    fn take_any(&mut self) -> Option<u16> {
+        if self.fresh < self.count {
+            self.use_fresh(self.fresh + 1);
+            return Some((self.fresh - 1) as u16);
+        }
+        if self.free.is_empty() {
+            let page = self.free_pages.pop_front()?;
+            self.free.extend(page..=page + (LINES_PER_PAGE - 1));
+        }
+        self.free.pop_front()
+    }
+
+    /// The first line of a page whose other lines nobody gets meanwhile.
+    fn take_page(&mut self) -> Option<u16> {
+        let line = match self.free_pages.pop_front() {
+            Some(line) => line,
+            None => {
+                let first = self.fresh_page()?;
+                // What is passed over is for others.
+                self.free.extend((self.fresh..first).map(|line| line as u16));
+                self.use_fresh(first + u32::from(LINES_PER_PAGE));
+                first as u16
+            }
+        };
+        self.private.insert(line);
+        Some(line)
+    }
+
+    fn use_fresh(&mut self, end: u32) {
+        self.fresh = end;
+        self.generations.resize(end as usize, 0);
+    }
+
     /// Gives a line back.
     pub fn give(&mut self, line: u16) {
-        self.free.push_back(line);
+        if self.private.remove(&line) { self.free_pages.push_back(line) } else { self.free.push_back(line) }
     }
 }
 
@@ -58,13 +114,13 @@ mod tests {
     #[test]
     fn a_line_comes_back_with_another_generation() {
         let mut lines = Lines::new(2);
-        let (a, first) = lines.take().unwrap();
-        let (b, _) = lines.take().unwrap();
+        let (a, first) = lines.take(Want::AnyLine).unwrap();
+        let (b, _) = lines.take(Want::AnyLine).unwrap();
         assert_eq!((a, b), (0, 1));
-        assert!(!lines.fits());
-        assert_eq!(lines.take(), None);
+        assert!(!lines.fits(Want::AnyLine));
+        assert_eq!(lines.take(Want::AnyLine), None);
         lines.give(a);
-        let (again, second) = lines.take().unwrap();
+        let (again, second) = lines.take(Want::AnyLine).unwrap();
         assert_eq!(again, a);
         assert_ne!(first, second);
     }
@@ -73,9 +129,32 @@ mod tests {
     fn a_generation_is_never_zero() {
         let mut lines = Lines::new(1);
         for _ in 0..70_000 {
-            let (line, generation) = lines.take().unwrap();
+            let (line, generation) = lines.take(Want::AnyLine).unwrap();
             assert_ne!(generation.get(), 0);
             lines.give(line);
         }
+    }
+
+    #[test]
+    fn a_private_line_is_alone_in_its_page_as_long_as_it_is_taken() {
+        let page = |line: u16| line / LINES_PER_PAGE;
+        let mut lines = Lines::new(256);
+        let (any, _) = lines.take(Want::AnyLine).unwrap();
+        let private: Vec<_> =
+            std::iter::from_fn(|| lines.take(Want::PrivateLine)).map(|(line, _)| line).collect();
+        assert_eq!(private, [64, 128, 192]);
+        let others: Vec<_> = std::iter::from_fn(|| lines.take(Want::AnyLine)).map(|(line, _)| line).collect();
+        assert_eq!(others.len(), 63);
+        assert!(others.iter().all(|line| page(*line) == page(any)));
+        lines.give(128);
+        assert_eq!(
+            lines.take(Want::PrivateLine).map(|(line, generation)| (line, generation.get())),
+            Some((128, 2))
+        );
+        lines.give(128);
+        // Without another line, a page is there for all.
+        let again: Vec<_> = std::iter::from_fn(|| lines.take(Want::AnyLine)).map(|(line, _)| line).collect();
+        assert_eq!(again.len(), 64);
+        assert!(again.iter().all(|line| page(*line) == 2));
     }
 }

@@ -6,9 +6,9 @@ pub mod ranges;
 
 use crate::placement::pages::Policy;
 use crate::settings::PoolSettings;
-use dmbridge_proto::extent::{Geometry, LINE_SIZE};
+use dmbridge_proto::extent::{BYTES_PER_LINE, Geometry, LINE_SIZE, LINES_PER_PAGE};
 use dmbridge_proto::ids::ExtentId;
-use lines::Lines;
+use lines::{Lines, Want};
 use memfile::MemFile;
 use ranges::Ranges;
 use std::num::NonZeroU16;
@@ -16,6 +16,8 @@ use std::sync::Arc;
 
 /// Extents are multiples of this, so that a front-end can map them with huge pages.
 pub const EXTENT_UNIT: u64 = 2 << 20;
+/// Bytes of an extent for each page of control lines in it.
+const BYTES_PER_LINE_PAGE: u64 = BYTES_PER_LINE * LINES_PER_PAGE as u64;
 
 /// Counts what extents take, and makes them.
 #[derive(Debug)]
@@ -115,6 +117,8 @@ pub struct Place {
     pub line: u16,
     /// Generation of the line.
     pub generation: NonZeroU16,
+    /// Whether the line is alone in its page.
+    pub private_line: bool,
 }
 
 impl Place {
@@ -154,8 +158,8 @@ impl ExtentMemory {
     }
 
     /// Whether there is room for a DMB.
-    pub fn fits(&self, size: u64) -> bool {
-        self.lines.fits() && self.ranges.fits(size)
+    pub fn fits(&self, size: u64, lines: Want) -> bool {
+        self.lines.fits(lines) && self.ranges.fits(size)
     }
 
     /// Whether no DMB is in it.
@@ -164,19 +168,26 @@ impl ExtentMemory {
     }
 
     /// Takes room for a DMB; its memory is zero, and its control line says where it is.
-    pub fn take(&mut self, size: u64) -> Option<Place> {
-        if !self.fits(size) {
+    pub fn take(&mut self, size: u64, lines: Want) -> Option<Place> {
+        if !self.fits(size, lines) {
             return None;
         }
         let offset = self.ranges.take(size)?;
-        let (line, generation) = self.lines.take()?;
+        // A page of lines is what so many bytes of the extent bring: it costs such a DMB nothing.
+        let lines = if size >= BYTES_PER_LINE_PAGE && self.lines.fits(Want::PrivateLine) {
+            Want::PrivateLine
+        } else {
+            lines
+        };
+        let (line, generation) = self.lines.take(lines)?;
         let end = offset + size;
         if offset < self.touched {
             self.file.zero(offset, end.min(self.touched) - offset);
         }
         self.touched = self.touched.max(end);
         self.places += 1;
-        let place = Place { offset, size, line, generation };
+        let private_line = lines == Want::PrivateLine;
+        let place = Place { offset, size, line, generation, private_line };
         self.file.line(place.line_offset()).publish(generation.get(), offset, size);
         Some(place)
     }
@@ -226,9 +237,9 @@ mod tests {
     fn reused_memory_is_zero() {
         let mut pool = pool(1 << 30);
         let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), &Policy::FirstTouch, |_| false).unwrap();
-        let keep = extent.take(4096).unwrap();
+        let keep = extent.take(4096, Want::AnyLine).unwrap();
         for size in [4096, 65536, 1 << 20] {
-            let place = extent.take(size).unwrap();
+            let place = extent.take(size, Want::AnyLine).unwrap();
             for at in [0, 17, size - 1] {
                 // SAFETY: inside of the extent, as `at` checks.
                 unsafe {
@@ -239,7 +250,7 @@ mod tests {
             extent.retire(&place);
             extent.give(&place);
         }
-        let place = extent.take(1 << 20).unwrap();
+        let place = extent.take(1 << 20, Want::AnyLine).unwrap();
         for at in 0..1 << 20 {
             // SAFETY: as above.
             assert_eq!(unsafe { byte(&extent, &place, at).read_volatile() }, 0, "{at}");
@@ -253,7 +264,7 @@ mod tests {
     fn a_line_tells_a_peer_where_the_dmb_is_until_it_ends() {
         let mut pool = pool(1 << 30);
         let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), &Policy::FirstTouch, |_| false).unwrap();
-        let place = extent.take(8192).unwrap();
+        let place = extent.take(8192, Want::AnyLine).unwrap();
         let file = extent.file().clone();
         let line = file.line(place.line_offset());
         let (offset, size) = line.resolve(place.generation.get()).unwrap();
@@ -268,10 +279,10 @@ mod tests {
         let mut pool = pool(1 << 30);
         let mut extent = pool.take(Geometry::new(2 << 20).unwrap(), &Policy::FirstTouch, |_| false).unwrap();
         let mut places = Vec::new();
-        while let Some(place) = extent.take(4096) {
+        while let Some(place) = extent.take(4096, Want::AnyLine) {
             places.push(place);
         }
         assert_eq!(places.len() as u64, extent.geometry().lines());
-        assert!(!extent.fits(4096));
+        assert!(!extent.fits(4096, Want::AnyLine));
     }
 }
