@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use crate::control;
+use crate::report::{Device, bytes};
 
 /// What `dmbridge devices` is asked for.
 #[derive(clap::Args)]
@@ -18,34 +19,10 @@ pub struct Args {
     json: bool,
 }
 
-/// What is shown of the daemon's report (`docs/dmbridged.md`). What an older daemon does not tell is 0.
+/// What is shown of the daemon's report (`docs/dmbridged.md`).
 #[derive(Deserialize)]
 struct Report {
     devices: Vec<Device>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct Device {
-    name: String,
-    gid: String,
-    group: String,
-    peer: Option<Peer>,
-    started: bool,
-    map: bool,
-    dmbs: u64,
-    attached: u64,
-    extents: u64,
-    mapped_bytes: u64,
-    moves: u64,
-    moved_bytes: u64,
-    signals_sent: u64,
-    signals_suppressed: u64,
-}
-
-#[derive(Deserialize)]
-struct Peer {
-    pid: i32,
 }
 
 /// Asks, and shows.
@@ -85,18 +62,12 @@ fn table(devices: &[Device]) -> String {
     ]
     .map(str::to_owned);
     let row = |d: &Device| {
-        let state = match (&d.peer, d.started, d.map) {
-            (None, ..) => "absent",
-            (_, false, _) => "connected",
-            (_, true, true) => "maps",
-            (_, true, false) => "moves only",
-        };
         [
             d.name.clone(),
             d.gid.clone(),
             d.group.clone(),
-            d.peer.as_ref().map_or_else(|| "-".to_owned(), |peer| peer.pid.to_string()),
-            state.to_owned(),
+            d.pid().map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+            d.state().to_owned(),
             d.dmbs.to_string(),
             d.attached.to_string(),
             d.extents.to_string(),
@@ -125,16 +96,6 @@ fn table(devices: &[Device]) -> String {
     text
 }
 
-/// A size in the largest unit of which there is one, with a digit after the point.
-fn bytes(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let unit = (bytes.max(1).ilog2() / 10).min(4);
-    if unit == 0 {
-        return format!("{bytes} B");
-    }
-    format!("{:.1} {}", bytes as f64 / f64::from(1 << 10).powi(unit as i32), units[unit as usize])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,13 +115,5 @@ mod tests {
         assert!(lines[2].contains("absent"), "{text}");
         assert_eq!(lines[0].find("GROUP"), lines[1].find("default"));
         assert_eq!(table(&[]), "no devices\n");
-    }
-
-    #[test]
-    fn sizes_are_written_for_people() {
-        assert_eq!(
-            [0, 1023, 1024, 1536 << 10, 3 << 40].map(bytes),
-            ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "3.0 TiB"]
-        );
     }
 }

@@ -12,7 +12,9 @@ mod engines;
 mod pair;
 mod process;
 mod rendezvous;
+mod report;
 mod scratch;
+mod topology;
 mod usage;
 
 use clap::{Parser, Subcommand};
@@ -36,6 +38,8 @@ enum Command {
     Devices(devices::Args),
     /// Show what copies in a daemon: how fast each engine is here, which is used for what, and how often
     Engines(engines::Args),
+    /// Draw the host's NUMA nodes and accelerators, with a daemon's devices and extents in them
+    Topology(topology::Args),
     /// In a guest: prepare AF_SMC (modules, user EID, buffers), and show whether it is really used
     GuestSetup(dmbridge_guest_setup::Args),
     /// One of the two processes of a measurement
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Engines(args) => engines::run(args),
+        Command::Topology(args) => topology::run(args),
         Command::GuestSetup(args) => dmbridge_guest_setup::run(&args).map_err(Into::into),
         Command::BenchWorker(args) => bench::work(args),
         Command::BenchMember(args) => bench::work_as_member(args),

@@ -63,8 +63,39 @@ fn what_cannot_be_is_refused_with_a_sentence() {
     refuses(&["demo", "--file", "/nowhere"], 2, "/nowhere cannot be read");
     refuses(&["demo", "--file", "/"], 2, "/ is not a regular file");
     refuses(&["devices", "--control", "/nowhere/control.sock"], 1, "nobody answers at /nowhere/control.sock");
+    refuses(
+        &["topology", "--control", "/nowhere/control.sock"],
+        1,
+        "nobody answers at /nowhere/control.sock",
+    );
     refuses(&["bench-worker", "a", "{}"], 1, "not by hand");
     refuses(&["demo-worker", "b", "{}"], 1, "not by hand");
+}
+
+#[test]
+fn the_topology_shows_the_host_and_a_daemon_in_it() {
+    build_daemon();
+    let folder = tempfile::tempdir().unwrap();
+    let control = folder.path().join("control.sock");
+    let daemon = Path::new(env!("CARGO_BIN_EXE_dmbridge")).with_file_name("dmbridged");
+    let mut command = Command::new(daemon);
+    command.arg("--hub").arg(folder.path().join("hub.sock")).arg("--control").arg(&control);
+    let _daemon = Running(command.args(["--log", "off"]).spawn().unwrap());
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !control.exists() {
+        assert!(std::time::Instant::now() < deadline, "the daemon does not start");
+        std::thread::yield_now();
+    }
+    let control = control.to_str().unwrap();
+    let document = json(&run(&["topology", "--json", "--control", control]));
+    assert!(document["nodes"][0]["memory_bytes"].as_u64().unwrap() > 0, "{document}");
+    assert!(document["work_queues"].is_array(), "{document}");
+    assert!(
+        document["daemon"]["devices"].is_array() && document["daemon"]["extents"].is_array(),
+        "{document}"
+    );
+    let text = String::from_utf8(run(&["topology", "--control", control]).stdout).unwrap();
+    assert!(text.contains("node 0: CPU") && text.contains("0 devices"), "{text}");
 }
 
 #[test]
