@@ -626,7 +626,7 @@ mod tests {
         for (at, value) in [
             (HEADER_SIZE + 16, 1),  // size 4097
             (HEADER_SIZE + 17, 0),  // size 0
-            (HEADER_SIZE + 24, 2),  // an unknown flag
+            (HEADER_SIZE + 24, 4),  // an unknown flag
             (HEADER_SIZE + 24, 1),  // RAM without segments
             (HEADER_SIZE + 28, 1),  // segments without RAM
             (HEADER_SIZE + 32, 64), // a control line without RAM
