@@ -8,7 +8,7 @@ use crate::errno::{self, Outcome};
 use crate::header::{DATA, Header, ROOM, SIZE};
 use crate::iov::{Reader, Writer};
 use crate::lock::Lock;
-use crate::{real, stats, tcp};
+use crate::{crowd, real, stats, tcp};
 use dmbridge::Spinner;
 use dmbridge_proto::line::ControlLine;
 use dmbridge_proto::shm::{self, CopyPlan};
@@ -25,6 +25,10 @@ use std::time::{Duration, Instant};
 const PIECE: usize = 128 << 10;
 /// What a gate says when it is closed: nobody enters the kernel as if the connection were TCP alone.
 const CLOSED: u32 = 1 << 31;
+/// How long a call sleeps on a connection that an epoll instance watches too.
+const WATCHED: Duration = Duration::from_millis(10);
+/// So many bytes that woke may wait to be taken away.
+const MOST_UNEATEN: u64 = 32;
 /// An empty ring says nothing of a peer that has died; the kernel is asked again after so long.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -60,6 +64,8 @@ pub struct Conn {
     /// This end called `connect`.
     active: AtomicBool,
     nonblocking: AtomicBool,
+    /// It is registered with an epoll instance.
+    watched: AtomicBool,
     /// What the program set, and gets back; the kernel's is always on once the connection is linked.
     pub nodelay: AtomicU32,
     pub cork: AtomicU32,
@@ -151,6 +157,7 @@ impl Conn {
         self.threshold.store(crate::table::PROVEN, Ordering::Relaxed);
         self.eof.store(false, Ordering::Relaxed);
         self.error.store(0, Ordering::Relaxed);
+        self.watched.store(false, Ordering::Relaxed);
         for at in [&self.local, &self.remote, &self.line] {
             at.store(null_mut(), Ordering::Relaxed);
         }
@@ -602,11 +609,11 @@ impl Conn {
     fn wait_for_room(&self, fd: c_int) -> Result<(), c_int> {
         // SAFETY: written before the connection was linked; it has atomics only.
         let spinner = unsafe { &*self.tx.spinner.get() };
-        let start = match spinner.spin(None, || self.has_room(), || self.is_broken()) {
+        let start = match crowd::spin(spinner, None, || self.has_room(), || self.is_broken()) {
             Ok(()) => return Ok(()),
             Err(start) => start,
         };
-        let deadline = tcp::timeout(fd, libc::SO_SNDTIMEO).map(|t| start + t);
+        let deadline = tcp::timeout(fd, libc::SO_SNDTIMEO).map(|t| Instant::now() + t);
         loop {
             self.local().arm(ROOM);
             if self.has_room() || self.is_broken() {
@@ -645,7 +652,7 @@ impl Conn {
                 break;
             }
         }
-        spinner.slept(start.elapsed());
+        crowd::slept(spinner, start);
         Ok(())
     }
 
@@ -675,6 +682,7 @@ impl Conn {
         }
         let to = &mut Writer::new(to()?);
         let nonblocking = flags & MSG_DONTWAIT != 0 || self.nonblocking.load(Ordering::Relaxed);
+        let mut began = None;
         let all = flags & MSG_WAITALL != 0 && flags & (MSG_PEEK | MSG_DONTWAIT) == 0;
         let mut done = 0;
         loop {
@@ -688,7 +696,7 @@ impl Conn {
                 }
                 Ok(None) if nonblocking => return if done != 0 { Ok(done) } else { Err(EAGAIN) },
                 Ok(None) => {
-                    if let Err(errno) = self.wait_for_data(fd) {
+                    if let Err(errno) = self.wait_for_data(fd, &mut began) {
                         return if done != 0 { Ok(done) } else { Err(errno) };
                     }
                 }
@@ -782,6 +790,7 @@ impl Conn {
         if !self.is_moved() {
             return None;
         }
+        let mut began = None;
         loop {
             {
                 let _lock = self.rx.lock.take();
@@ -825,7 +834,7 @@ impl Conn {
             if self.nonblocking.load(Ordering::Relaxed) {
                 return Some(Err(EAGAIN));
             }
-            if let Err(errno) = self.wait_for_data(fd) {
+            if let Err(errno) = self.wait_for_data(fd, &mut began) {
                 return Some(Err(errno));
             }
         }
@@ -951,10 +960,10 @@ impl Conn {
 
     /// Takes away what was sent to wake. Says whether TCP has ended.
     pub fn eat(&self, fd: c_int) -> Option<Result<(), c_int>> {
-        let mut bytes = [0u8; 64];
-        // SAFETY: 64 bytes.
-        let result = errno::keep(|| unsafe {
-            errno::outcome(real::recv(fd, bytes.as_mut_ptr().cast(), bytes.len(), MSG_DONTWAIT))
+        // TCP does not copy what is cut off.
+        let result = errno::keep(|| {
+            // SAFETY: no byte is written anywhere.
+            errno::outcome(unsafe { real::recv(fd, null_mut(), 1 << 16, MSG_DONTWAIT | MSG_TRUNC) })
         });
         match result {
             Ok(0) => {
@@ -1006,11 +1015,11 @@ impl Conn {
     }
 
     /// Waits for data in the kernel, as `recv` does: with its timeout, its signals and its cancellation.
-    fn wait_for_data(&self, fd: c_int) -> Result<(), c_int> {
+    fn wait_for_data(&self, fd: c_int, began: &mut Option<Instant>) -> Result<(), c_int> {
         let on_ring = self.rx.on_ring.load(Ordering::Acquire);
         let ready = || self.has_data() && (on_ring || self.local().switch.load(Ordering::Acquire) != 0);
         let ended = || self.eof.load(Ordering::Relaxed) || self.rx.shut.load(Ordering::Relaxed);
-        let start = match self.rx_spinner().spin(None, ready, ended) {
+        let start = match crowd::spin(self.rx_spinner(), None, ready, ended) {
             Ok(()) => return Ok(()),
             Err(start) => start,
         };
@@ -1018,6 +1027,17 @@ impl Conn {
         self.local().arm(DATA);
         let result = if ready() || ended() {
             Ok(None)
+        } else if let Some(longest) = self.longest_sleep() {
+            let mut wait = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+            // SAFETY: one pollfd.
+            let ready = unsafe { real::poll(&mut wait, 1, longest.as_millis() as c_int) };
+            let began = *began.get_or_insert_with(Instant::now);
+            let deadline = tcp::timeout(fd, libc::SO_RCVTIMEO).map(|t| began + t);
+            if ready == 0 && deadline.is_some_and(|d| Instant::now() >= d) {
+                Err(EAGAIN)
+            } else {
+                errno::outcome(ready as isize).map(|_| None)
+            }
         } else if on_ring && sleepers == 0 {
             // What wakes is taken away at once.
             let mut bytes = [0u8; 64];
@@ -1029,7 +1049,7 @@ impl Conn {
             errno::outcome(unsafe { real::recv(fd, (&raw mut byte).cast(), 1, MSG_PEEK) }).map(|_| None)
         };
         self.rx.sleepers.fetch_sub(1, Ordering::SeqCst);
-        self.rx_spinner().slept(start.elapsed());
+        crowd::slept(self.rx_spinner(), start);
         match result {
             Ok(Some(0)) => self.eof.store(true, Ordering::Release),
             Ok(Some(n)) => {
@@ -1091,13 +1111,15 @@ impl Conn {
     }
 
     /// Asks for a byte that wakes; look again after it.
-    pub fn arm(&self, fd: c_int, events: i16) {
+    pub fn arm(&self, fd: c_int, events: i16, edges: bool) {
         if !self.is_moved() {
             return;
         }
         if self.rx.on_ring.load(Ordering::Acquire) {
             self.settle(fd);
-            if !self.has_data()
+            // The kernel would say again and again that there is a byte.
+            if !edges
+                && !self.has_data()
                 && self.local().wakes.load(Ordering::Acquire) != self.rx.eaten.load(Ordering::Relaxed)
             {
                 self.eat(fd);
@@ -1113,6 +1135,58 @@ impl Conn {
         if what != 0 {
             self.local().arm(what);
         }
+    }
+
+    /// Takes back `arm`. To be called only where nobody can sleep by it without waking up by itself.
+    pub fn disarm(&self) {
+        if self.is_moved() && self.rx.sleepers.load(Ordering::SeqCst) == 0 {
+            self.local().disarm();
+        }
+    }
+
+    /// An epoll instance watches it, and disarms.
+    pub fn set_watched(&self) {
+        self.watched.store(true, Ordering::SeqCst);
+    }
+
+    /// The longest sleep that needs no byte to wake, if somebody else may disarm.
+    pub fn longest_sleep(&self) -> Option<Duration> {
+        self.watched.load(Ordering::SeqCst).then_some(WATCHED)
+    }
+
+    /// The kernel said that there is something to read, once for each byte that came: takes them away now and then, and
+    /// finds out about an end.
+    pub fn look_at_edge(&self, fd: c_int, ended: bool) {
+        if !self.rx.on_ring.load(Ordering::Acquire) {
+            return;
+        }
+        let waiting =
+            self.local().wakes.load(Ordering::Acquire).wrapping_sub(self.rx.eaten.load(Ordering::Relaxed));
+        // A byte that was counted and has not come yet does not matter.
+        if !ended && waiting != 0 && waiting < MOST_UNEATEN {
+            return;
+        }
+        let _lock = self.rx.lock.take();
+        loop {
+            let before = self.rx.eaten.load(Ordering::Relaxed);
+            if let Some(Err(errno)) = self.eat(fd) {
+                self.error.store(errno as u32, Ordering::Relaxed);
+            }
+            // The end lies behind the bytes.
+            if self.eof.load(Ordering::Relaxed) || before == self.rx.eaten.load(Ordering::Relaxed) {
+                return;
+            }
+        }
+    }
+
+    /// Whether the kernel knows nothing of incoming data but that somebody is to be woken.
+    pub fn rx_on_ring(&self) -> bool {
+        self.is_moved() && self.rx.on_ring.load(Ordering::Acquire)
+    }
+
+    /// Whether the kernel knows nothing of room.
+    pub fn tx_on_ring(&self) -> bool {
+        self.is_moved() && self.tx_switched()
     }
 
     /// The kernel said that there is something to read: it may be an end, or a byte that was sent to wake.

@@ -3,9 +3,11 @@
 //!
 //! A moved connection is registered with a token of ours, so that its events can be translated: a byte that was sent to
 //! wake becomes what the ring says. A connection that was active is *hot*: looked at in memory, without the kernel. Before
-//! a thread sleeps it arms every hot one (its peer then sends a byte), and they are hot no more.
+//! a thread sleeps it arms every hot one (its peer then sends a byte). Who is not active for long is armed and forgotten,
+//! so that thousands of them cost nothing.
 
 use crate::conn::{Conn, State};
+use crate::crowd;
 use crate::errno;
 use crate::lock::Lock;
 use crate::real;
@@ -18,7 +20,7 @@ use libc::{
 use std::cell::UnsafeCell;
 use std::ptr::null;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 const IN: u32 = EPOLLIN as u32;
@@ -78,6 +80,8 @@ pub struct Set {
     converted: AtomicU32,
     sleepers: AtomicU32,
     turn: AtomicU32,
+    /// The kernel had something else than wake-ups when it was last asked.
+    busy: AtomicBool,
     /// An eventfd that is registered in it, to wake who sleeps for what only we know; 0: none.
     bell: AtomicI32,
     spinner: OnceLock<Spinner>,
@@ -105,6 +109,7 @@ impl Default for Set {
             converted: AtomicU32::new(0),
             sleepers: AtomicU32::new(0),
             turn: AtomicU32::new(0),
+            busy: AtomicBool::new(true),
             bell: AtomicI32::new(0),
             spinner: OnceLock::new(),
         }
@@ -123,7 +128,7 @@ impl Registrations {
         let old = self.with(std::mem::take);
         for registration in old.list.iter().filter(|r| r.converted) {
             if let Some(set) = table::get(registration.epoll).and_then(Entry::set) {
-                set.converted.fetch_sub(1, Ordering::AcqRel);
+                set.lose();
             }
         }
     }
@@ -161,6 +166,14 @@ impl Set {
             let one = 1u64;
             // SAFETY: 8 bytes into an eventfd.
             errno::keep(|| unsafe { real::write(bell, (&raw const one).cast(), 8) });
+        }
+    }
+
+    /// A moved connection is not registered any more. The byte that would have woken a sleeper may have come to it.
+    fn lose(&self) {
+        self.converted.fetch_sub(1, Ordering::AcqRel);
+        if self.sleepers.load(Ordering::SeqCst) != 0 {
+            self.ring();
         }
     }
 
@@ -227,7 +240,7 @@ impl Set {
         }
     }
 
-    /// Arms everything that is hot: it is not any more. False if something is ready.
+    /// Arms everything that is hot. False if something is ready.
     fn arm(&self, epoll: c_int) -> bool {
         self.with_hot(|hot| {
             let mut quiet = true;
@@ -238,21 +251,22 @@ impl Set {
                     let Some(r) = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted) else {
                         return false;
                     };
-                    if r.fired {
-                        return false;
-                    }
-                    r.sync(fd, conn);
-                    conn.arm(fd, r.waits_for(conn));
-                    if r.peek(fd, conn) != 0 {
-                        quiet = false;
-                        return true;
-                    }
-                    r.idle = 0;
-                    false
+                    quiet &= r.arm(fd, conn);
+                    r.idle += 1;
+                    r.idle < IDLE
                 })
             });
             quiet
         })
+    }
+
+    /// Somebody is awake, and looks by itself: peers can spare their bytes, unless somebody else sleeps.
+    fn disarm(&self) {
+        self.with_hot(|hot| {
+            if self.sleepers.load(Ordering::SeqCst) == 0 {
+                hot.iter().filter_map(|&fd| converted(fd)).for_each(|(_, conn)| conn.disarm());
+            }
+        });
     }
 
     /// Whether something hot is ready.
@@ -294,9 +308,7 @@ impl Set {
                         r.idle += 1;
                         if r.idle > IDLE {
                             r.idle = 0;
-                            r.sync(fd, conn);
-                            conn.arm(fd, r.waits_for(conn));
-                            return (r.peek(fd, conn) != 0).then_some(());
+                            return (!r.arm(fd, conn)).then_some(());
                         }
                         Some(())
                     })
@@ -316,6 +328,7 @@ impl Set {
 
     /// Translates what the kernel said, which lies behind what was told already.
     fn translate(&self, epoll: c_int, to: &mut Out, count: usize) {
+        let mut busy = false;
         for i in 0..count {
             let event = to.raw(i);
             let (events, token) = (event.events, event.u64);
@@ -325,13 +338,12 @@ impl Set {
             }
             if token & !0xffff_ffff != TOKEN {
                 to.put(events, token);
+                busy = true;
                 continue;
             }
             let fd = token as u32 as c_int;
             let Some((entry, conn)) = converted(fd) else { continue };
-            if events & (IN | RDHUP | ALWAYS) != 0 {
-                conn.look(fd);
-            }
+            conn.look_at_edge(fd, events & (RDHUP | ALWAYS) != 0);
             let Some(registrations) = entry.registrations() else { continue };
             let told = registrations.with(|inner| {
                 let r = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted)?;
@@ -342,12 +354,15 @@ impl Set {
                 // The kernel's word counts for what is still TCP, and for the end of the connection.
                 let native = events & (ask as u32 | ALWAYS | RDHUP) & (r.events | ALWAYS);
                 let ours = r.take(fd, conn);
-                if native | ours == 0 && r.events & ONESHOT != 0 {
+                busy |= native != 0;
+                if native | ours == 0 && r.kernel & ONESHOT != 0 {
                     // It was for us, and the program's shot is not fired.
                     r.kernel = 0;
                     r.sync(fd, conn);
-                } else if r.events & ONESHOT != 0 {
+                } else if native | ours != 0 && r.events & ONESHOT != 0 {
                     r.fired = true;
+                } else {
+                    r.sync(fd, conn);
                 }
                 Some((native | ours, r.data))
             });
@@ -357,6 +372,7 @@ impl Set {
                 to.merge(told, data);
             }
         }
+        self.busy.store(busy, Ordering::Relaxed);
         to.end();
     }
 }
@@ -421,9 +437,20 @@ impl Registration {
         }
         if ready != 0 && self.events & ONESHOT != 0 {
             self.fired = true;
-            self.sync(fd, conn);
         }
+        self.sync(fd, conn);
         ready
+    }
+
+    /// Has the peer wake for what the program waits for. False if that is there.
+    fn arm(&mut self, fd: c_int, conn: &Conn) -> bool {
+        if self.fired {
+            return true;
+        }
+        self.sync(fd, conn);
+        let (_, only_wakes) = self.wanted(conn);
+        conn.arm(fd, self.waits_for(conn), only_wakes);
+        self.peek(fd, conn) == 0
     }
 
     /// What the peer has to wake for.
@@ -435,25 +462,32 @@ impl Registration {
         events
     }
 
-    /// What the kernel is to be asked for.
-    fn wanted(&self, conn: &Conn) -> u32 {
+    /// What the kernel is to be asked for, and whether it knows nothing but that somebody is to be woken: then edges do, and
+    /// it need not be told what the program asks for.
+    fn wanted(&self, conn: &Conn) -> (u32, bool) {
+        let (rx, tx) = (conn.rx_on_ring(), conn.tx_on_ring() || self.events & OUT == 0);
+        if rx && tx {
+            return (IN | RDHUP | EDGE, true);
+        }
         if self.fired {
-            return ONESHOT;
+            return (ONESHOT, false);
         }
         let mut events = self.events;
-        if self.events & OUT != 0 && conn.is_moved() && conn.is_full() {
+        if conn.tx_on_ring() {
             // TCP always has room. What wakes is a byte.
-            if self.events & EDGE == 0 {
+            if events & EDGE == 0 {
                 events &= !OUT;
             }
-            events |= IN;
+            if conn.is_full() {
+                events |= IN;
+            }
         }
-        events
+        (events, false)
     }
 
     /// Tells the kernel, if it has to know something else.
     fn sync(&mut self, fd: c_int, conn: &Conn) {
-        let wanted = self.wanted(conn);
+        let (wanted, _) = self.wanted(conn);
         if wanted != self.kernel {
             self.kernel = wanted;
             let mut event = epoll_event { events: wanted, u64: TOKEN | fd as u32 as u64 };
@@ -478,6 +512,7 @@ pub fn convert(fd: c_int, entry: &Entry) {
             let set = table::get(r.epoll).map(Entry::set_or_new);
             let Some(set) = set else { continue };
             r.converted = true;
+            conn.set_watched();
             // Before the token: who gets it has to know that there are tokens.
             set.converted.fetch_add(1, Ordering::AcqRel);
             set.make_bell(r.epoll);
@@ -567,8 +602,9 @@ unsafe extern "C-unwind" fn epoll_ctl(
                     Some(conn) => {
                         let set = set_entry.set_or_new();
                         set.converted.fetch_add(1, Ordering::AcqRel);
+                        conn.set_watched();
                         r.converted = true;
-                        r.kernel = r.wanted(conn);
+                        r.kernel = r.wanted(conn).0;
                         let mut ours = epoll_event { events: r.kernel, u64: TOKEN | fd as u32 as u64 };
                         // SAFETY: an event.
                         let result = unsafe { real::epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &mut ours) };
@@ -600,9 +636,13 @@ unsafe extern "C-unwind" fn epoll_ctl(
                         let Some(conn) = entry.conn() else { return plain() };
                         (r.events, r.data, r.fired, r.told, r.tell_room) =
                             (events, data, false, u64::MAX, true);
-                        r.kernel = r.wanted(conn);
-                        let mut ours = epoll_event { events: r.kernel, u64: TOKEN | fd as u32 as u64 };
                         heat = true;
+                        let (wanted, only_wakes) = r.wanted(conn);
+                        if only_wakes && wanted == r.kernel {
+                            return 0;
+                        }
+                        r.kernel = wanted;
+                        let mut ours = epoll_event { events: wanted, u64: TOKEN | fd as u32 as u64 };
                         // SAFETY: an event.
                         unsafe { real::epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &mut ours) }
                     }
@@ -619,7 +659,7 @@ unsafe extern "C-unwind" fn epoll_ctl(
                     if r.converted
                         && let Some(set) = set_entry.set()
                     {
-                        set.converted.fetch_sub(1, Ordering::AcqRel);
+                        set.lose();
                     }
                 }
                 plain()
@@ -728,6 +768,14 @@ impl Until {
         }
     }
 
+    /// The same, but not after `longest`.
+    pub fn at_most(self, longest: Duration) -> Until {
+        match self.left() {
+            Some(left) if left <= longest => self,
+            _ => Until::Then(Instant::now() + longest),
+        }
+    }
+
     /// For the kernel, rounded up so that no wait ends early.
     pub fn ms(self) -> c_int {
         self.left()
@@ -773,6 +821,8 @@ fn wait(
             if count > 0 {
                 to.from = to.count;
                 set.translate(epoll, to, count as usize);
+            } else {
+                set.busy.store(false, Ordering::Relaxed);
             }
             count
         };
@@ -783,19 +833,22 @@ fn wait(
             }
             return to.count as c_int;
         }
-        let count = ask(&mut to, Until::Now);
-        if count < 0 {
-            return count;
-        }
-        if to.count != 0 || matches!(until, Until::Now) {
-            return to.count as c_int;
+        // If the kernel has much to say, it comes before a wait for what it does not know.
+        if set.busy.load(Ordering::Relaxed) || matches!(until, Until::Now) {
+            let count = ask(&mut to, Until::Now);
+            if count < 0 {
+                return count;
+            }
+            if to.count != 0 || matches!(until, Until::Now) {
+                return to.count as c_int;
+            }
         }
         let start = if set.with_hot(|hot| hot.is_empty()) {
             None
         } else {
-            match set.spinner().spin(until.deadline(), || set.any_ready(epoll), || false) {
+            match crowd::spin(set.spinner(), until.deadline(), || set.any_ready(epoll), || false) {
                 Ok(()) => continue,
-                Err(start) => Some(start),
+                Err(start) => start,
             }
         };
         set.sleepers.fetch_add(1, Ordering::SeqCst);
@@ -803,9 +856,8 @@ fn wait(
         set.prepare_nested();
         let count = if quiet { ask(&mut to, until) } else { 0 };
         set.sleepers.fetch_sub(1, Ordering::SeqCst);
-        if let Some(start) = start {
-            set.spinner().slept(start.elapsed());
-        }
+        set.disarm();
+        crowd::slept(set.spinner(), start);
         if count < 0 {
             return count;
         }

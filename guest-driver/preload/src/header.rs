@@ -50,12 +50,19 @@ impl Header {
         unsafe { &*at.cast::<Header>() }
     }
 
-    /// Owner: asks to be woken. **Look again after this.** Nobody takes that back: somebody else may sleep by it, and the worst
-    /// is a byte in vain.
+    /// Owner: asks to be woken. **Look again after this.**
     #[inline]
     pub fn arm(&self, what: u32) {
         self.armed.fetch_or(what, Ordering::SeqCst);
         fence(Ordering::SeqCst);
+    }
+
+    /// Owner: is awake, and nobody sleeps by this.
+    #[inline]
+    pub fn disarm(&self) {
+        if self.armed.load(Ordering::Relaxed) != 0 {
+            self.armed.store(0, Ordering::SeqCst);
+        }
     }
 
     /// Peer, after it has written: whether the owner is to be woken for this.

@@ -6,6 +6,7 @@
 
 mod arena;
 mod conn;
+mod crowd;
 mod epoll;
 mod errno;
 mod header;

@@ -3,7 +3,7 @@
 use crate::conn::Conn;
 use crate::epoll::Until;
 use crate::table::{self, Entry, Kind};
-use crate::{errno, real};
+use crate::{crowd, errno, real};
 use libc::{
     POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec, timeval,
@@ -83,7 +83,7 @@ fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
             let ready = || {
                 fds.iter().any(|at| moved(at.fd).is_some_and(|conn| conn.readiness(at.fd).0 & at.events != 0))
             };
-            match conn.rx_spinner().spin(until.deadline(), ready, || false) {
+            match crowd::spin(conn.rx_spinner(), until.deadline(), ready, || false) {
                 Ok(()) => continue,
                 Err(began) => start = Some((began, conn)),
             }
@@ -91,16 +91,19 @@ fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
         for at in fds.iter() {
             if let Some(conn) = moved(at.fd) {
                 let full = if conn.is_full() { at.events } else { at.events & !POLLOUT };
-                conn.arm(at.fd, full);
+                conn.arm(at.fd, full, false);
             } else if let Some(set) =
                 table::get(at.fd).filter(|e| e.kind() == Kind::Epoll).and_then(Entry::set)
             {
                 set.prepare(at.fd);
             }
         }
-        let count = if look(fds) != 0 { 0 } else { ask(fds, kernel_fds, until, kernel) };
+        // An epoll instance that watches one of them may take the wake-up away.
+        let longest = fds.iter().filter_map(|at| moved(at.fd)?.longest_sleep()).min();
+        let sleep = longest.map_or(until, |longest| until.at_most(longest));
+        let count = if look(fds) != 0 { 0 } else { ask(fds, kernel_fds, sleep, kernel) };
         if let Some((began, conn)) = start {
-            conn.rx_spinner().slept(began.elapsed());
+            crowd::slept(conn.rx_spinner(), began);
         }
         if count != 0 || (until.is_over() && look(fds) == 0) {
             return count;
