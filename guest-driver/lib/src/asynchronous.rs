@@ -11,8 +11,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Something with the descriptor by which it tells that there is something to look at.
-struct Watched<T> {
-    what: T,
+pub(crate) struct Watched<T> {
+    pub(crate) what: T,
     /// Open as long as `what`.
     fd: RawFd,
 }
@@ -32,10 +32,10 @@ impl<T> AsRawFd for Watched<T> {
 /// # Panics
 ///
 /// As [`AsyncFd::register`] does outside of a runtime with I/O enabled.
-unsafe fn watch<T>(what: T, fd: RawFd) -> Result<AsyncFd<Watched<T>>, Error> {
+pub(crate) unsafe fn watch<T>(what: T, fd: RawFd, interest: Interest) -> Result<AsyncFd<Watched<T>>, Error> {
     let watched = Watched { what, fd };
     // SAFETY: `AsyncFd` owns `what`, and the descriptor that is told never changes; the rest is the caller's promise.
-    let watched = unsafe { AsyncFd::register_with_interest(watched, Interest::READABLE) };
+    let watched = unsafe { AsyncFd::register_with_interest(watched, interest) };
     watched.map_err(|error| Error::os("have the runtime watch a descriptor")(error.into()))
 }
 
@@ -62,7 +62,7 @@ impl AsyncDmb {
     pub fn new(dmb: Dmb) -> Result<AsyncDmb, Error> {
         let fd = dmb.as_fd()?.as_raw_fd();
         // SAFETY: a DMB's descriptor is closed with it.
-        unsafe { watch(dmb, fd) }.map(AsyncDmb)
+        unsafe { watch(dmb, fd, Interest::READABLE) }.map(AsyncDmb)
     }
 
     /// As [`Dmb::wait`]: the bits that the peer signalled, at least one.
@@ -138,7 +138,7 @@ impl AsyncEvents {
     pub fn new(events: Events) -> Result<AsyncEvents, Error> {
         let fd = events.as_fd().as_raw_fd();
         // SAFETY: the descriptor of events is closed with the last clone.
-        unsafe { watch(events, fd) }.map(AsyncEvents)
+        unsafe { watch(events, fd, Interest::READABLE) }.map(AsyncEvents)
     }
 
     /// As [`Events::next`], without a timeout.
@@ -178,7 +178,7 @@ impl AsyncMover {
     pub fn new(mover: Mover) -> Result<AsyncMover, Error> {
         let fd = mover.as_fd()?.as_raw_fd();
         // SAFETY: a mover's descriptor is closed with it.
-        unsafe { watch(mover, fd) }.map(AsyncMover)
+        unsafe { watch(mover, fd, Interest::READABLE) }.map(AsyncMover)
     }
 
     /// Waits until a move and all before it are done.

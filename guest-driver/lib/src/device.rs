@@ -214,7 +214,8 @@ impl Device {
         }
     }
 
-    fn register_in_pool(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {
+    /// As [`register`](Self::register), in the pool only.
+    pub(crate) fn register_in_pool(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {
         let (state, memory) = self.core.register(peer, size, Home::Pool, |core, reply| {
             let line = core.window_line(reply.line_offset)?;
             Ok((core.window(reply.offset, size as u64)?, line))

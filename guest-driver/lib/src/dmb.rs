@@ -308,6 +308,10 @@ impl Dmb {
         result
     }
 
+    pub(crate) fn state(&self) -> &Arc<DmbState> {
+        &self.state
+    }
+
     /// Whether both sides are processes of this host, as far as they say.
     pub(crate) fn is_of_a_process(&self) -> bool {
         self.state.flags.contains(PairFlags::FUTEX)

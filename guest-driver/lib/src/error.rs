@@ -64,6 +64,9 @@ pub enum Error {
     /// The other end of a stream closed it.
     #[error("the other end has closed the stream")]
     Closed,
+    /// The other end of a stream broke it off: it closed without having read everything, or is gone.
+    #[error("the other end has broken the stream off")]
+    Reset,
     /// The other end of a stream broke SMC-D's protocol; the stream is of no use any more.
     #[error(transparent)]
     Protocol(#[from] crate::proto::smc::ring::CursorViolation),
@@ -114,7 +117,7 @@ impl From<Error> for io::Error {
         let kind = match &error {
             Error::Os { source, .. } | Error::Connect { source, .. } => source.kind(),
             Error::Closed => io::ErrorKind::BrokenPipe,
-            Error::PeerGone | Error::Disconnected | Error::Protocol(_) | Error::Peer(_) => {
+            Error::PeerGone | Error::Disconnected | Error::Protocol(_) | Error::Reset | Error::Peer(_) => {
                 io::ErrorKind::ConnectionReset
             }
             Error::OutOfBounds(_) | Error::MessageTooLong { .. } => io::ErrorKind::InvalidInput,

@@ -5,7 +5,8 @@
 //! [`Dmb`] for one of them and tells it the token. The other [attaches](Device::attach) it and writes: its stores
 //! are the reader's data. Where one of the two cannot map, the writer [moves](Device::mover): the device copies. Who
 //! does not care which takes a [sender](Device::sender). A [signal](RemoteDmb::signal) tells the reader, and wakes
-//! it if it sleeps. Over two DMBs stands a [byte stream](stream), or a [channel of messages](message).
+//! it if it sleeps. Over two DMBs stands a [byte stream](stream), or a [channel of messages](message), and on
+//! byte streams stand [sockets](smc).
 //!
 //! ```no_run
 #![doc = include_str!("../examples/exchange.rs")]
@@ -21,8 +22,8 @@
 //! - **Waiting** spins for a while and then sleeps; how long it spins is learned, up to [`DEFAULT_SPIN`] or what
 //!   [`Builder::spin`] says. For epoll there are descriptors ([`Dmb::arm`], [`Mover::arm`], [`Events`]), for tokio the
 //!   module `asynchronous` (feature `tokio`).
-//! - **Threads**: one in the background for all devices of the process, however many; it runs no code of yours. All
-//!   handles can be used from any thread.
+//! - **Threads**: one in the background for all devices of the process, however many, and one for each
+//!   [`SmcListener`](smc::SmcListener); they run no code of yours. All handles can be used from any thread.
 //! - **Descriptors**: a device takes about a dozen. A program with many has to raise its limit (`RLIMIT_NOFILE`).
 //! - **`fork()`**: a device belongs to the process that connected it. A child can go on with the memory that it
 //!   inherited; whatever needs the device fails there with [`Error::Forked`], and dropping a handle releases nothing.
@@ -48,6 +49,7 @@ mod moves;
 mod ram;
 mod reactor;
 mod shared;
+pub mod smc;
 pub mod stream;
 mod sync;
 mod transport;

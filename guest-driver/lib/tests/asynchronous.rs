@@ -55,3 +55,48 @@ async fn moves_are_awaited_and_the_end_of_a_peer_too() {
     drop((mover, peer));
     assert!(matches!(in_time(dmb.wait()).await, Err(Error::PeerGone)));
 }
+
+mod sockets {
+    use super::*;
+    use dmbridge::smc::{AsyncSmcListener, AsyncSmcStream, Smc};
+    use std::net::Ipv4Addr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    async fn echo(smc: &Smc, client: &Smc, is_smc: bool) {
+        const TOTAL: usize = 4_000_000;
+        let listener = AsyncSmcListener::new(smc.bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).unwrap();
+        let address = listener.get_ref().local_addr().unwrap();
+        let server = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (mut reader, mut writer) = tokio::io::split(stream);
+            assert_eq!(tokio::io::copy(&mut reader, &mut writer).await.unwrap(), TOTAL as u64);
+            writer.shutdown().await.unwrap();
+        };
+        let client = async {
+            let stream = AsyncSmcStream::connect(client, address).await.unwrap();
+            assert_eq!(stream.get_ref().is_smc(), is_smc);
+            let (mut reader, mut writer) = tokio::io::split(stream);
+            let data: Vec<u8> = (0..TOTAL).map(|i| (i % 251) as u8).collect();
+            let writing = async {
+                for piece in data.chunks(70_001) {
+                    writer.write_all(piece).await.unwrap();
+                }
+                writer.shutdown().await.unwrap();
+            };
+            let mut got = Vec::new();
+            let (_, read) = tokio::join!(writing, reader.read_to_end(&mut got));
+            read.unwrap();
+            assert!(got == data);
+        };
+        in_time(async { tokio::join!(server, client) }).await;
+    }
+
+    #[tokio::test]
+    async fn tasks_on_one_thread_talk_over_sockets_whatever_carries_them() {
+        let daemon = TestDaemon::start();
+        let smc = || Smc::new(Device::connect(daemon.hub()).unwrap());
+        echo(&smc(), &smc(), true).await;
+        let none = Smc::builder().build();
+        echo(&none, &none, false).await;
+    }
+}
