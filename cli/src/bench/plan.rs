@@ -71,6 +71,8 @@ pub enum Transport {
     DmbridgeInplace,
     /// DMBs that the device copies into
     DmbridgeMove,
+    /// The library's sockets (SMC-D) over DMBs
+    DmbridgeSmc,
     /// Messages over DMBs, or directly from buffer to buffer, as the library chooses
     DmbridgeMessage,
     /// Messages directly from buffer to buffer (CMA), both processes copying
@@ -290,6 +292,7 @@ impl Transport {
             DmbridgeMap
                 | DmbridgeInplace
                 | DmbridgeMove
+                | DmbridgeSmc
                 | DmbridgeMessage
                 | DmbridgeDirect
                 | EngineCpu
@@ -317,7 +320,9 @@ impl Transport {
         match self {
             DmbridgeMap | DmbridgeInplace | DmbridgeMove | Tcp => true,
             Vsock => place == Place::Vms,
-            DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => place == Place::Host,
+            DmbridgeSmc | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
+                place == Place::Host
+            }
             Uds | Pipe | Iceoryx2 | Ucx | Memcpy | Ring | Cacheline => place == Place::Host,
         }
     }
@@ -329,7 +334,7 @@ impl Transport {
             Work::PingPong { wait: Wait::Poll, bytes } => match self {
                 // The device has to run too, beside two processes that never sleep.
                 DmbridgeMove => cpus > 2,
-                DmbridgeMap | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock | Ring => true,
+                DmbridgeMap | DmbridgeSmc | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock | Ring => true,
                 Cacheline => bytes <= 56,
                 DmbridgeInplace | Memcpy | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
                     false
@@ -338,12 +343,25 @@ impl Transport {
             // Its own program knows no silence.
             Work::PingPong { wait: Wait::Silence, .. } if self == Ucx => false,
             Work::PingPong { .. } => {
-                matches!(self, DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock)
+                matches!(
+                    self,
+                    DmbridgeMap | DmbridgeSmc | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock
+                )
             }
             Work::Stream { .. } => {
                 matches!(
                     self,
-                    DmbridgeMap | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock | Ring | Memcpy
+                    DmbridgeMap
+                        | DmbridgeSmc
+                        | DmbridgeMove
+                        | Tcp
+                        | Uds
+                        | Pipe
+                        | Iceoryx2
+                        | Ucx
+                        | Vsock
+                        | Ring
+                        | Memcpy
                 )
             }
             Work::Large { .. } => {

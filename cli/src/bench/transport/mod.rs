@@ -71,6 +71,7 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
         #[cfg(not(feature = "iceoryx2"))]
         Transport::Iceoryx2 => bail!("this program was built without its feature `iceoryx2`"),
         Transport::DmbridgeMap => dmbridge::map(worker),
+        Transport::DmbridgeSmc => over_copies(worker, dmbridge::smc),
         Transport::DmbridgeInplace => dmbridge::in_place(worker),
         Transport::DmbridgeMove | Transport::EngineCpu | Transport::EngineCpuNode => dmbridge::moved(worker),
         Transport::DmbridgeMessage => dmbridge::messages(worker),

@@ -29,6 +29,9 @@ const MOST_IDLE_BYTES: usize = 64 << 20;
 /// Buffers of a link group whose peer has not said its last word: beyond this many the oldest are given up.
 const MOST_CLOSING: usize = 64;
 
+/// How often to ask again for a place in the window that is taken.
+const PLACE_ATTEMPTS: u32 = 8;
+
 /// See the module.
 pub(crate) struct Contacts {
     offer: Offer,
@@ -100,6 +103,24 @@ impl Pool {
             garbage.rmbs.push(rmb);
         }
         garbage.attached.extend(self.attached.extract_if(|_, dmb| !dmb.is_registered()).map(|(_, dmb)| dmb));
+    }
+}
+
+impl State {
+    /// Moves everything that is of no use any more to `garbage`. What belongs to a peer that is gone is in the way: it keeps
+    /// its place in the window, where the device may want to put something new.
+    fn tidy(&mut self, garbage: &mut Garbage) {
+        let State { groups, pools, .. } = self;
+        pools.retain(|group, pool| {
+            pool.tidy(garbage);
+            let keep = groups.contains(*group);
+            if !keep {
+                garbage.rmbs.append(&mut pool.idle);
+                garbage.rmbs.append(&mut pool.closing);
+                garbage.attached.extend(pool.attached.drain().map(|(_, dmb)| dmb));
+            }
+            keep
+        });
     }
 }
 
@@ -312,24 +333,14 @@ impl Contacts {
     fn lease(self: &Arc<Self>, choice: &Choice, member: Membership) -> Result<Lease, Reason> {
         let mut garbage = Garbage::default();
         let mut state = lock(&self.state);
-        let State { groups, pools, .. } = &mut *state;
-        pools.retain(|group, pool| {
-            let keep = groups.contains(*group);
-            if !keep {
-                garbage.rmbs.append(&mut pool.idle);
-                garbage.rmbs.append(&mut pool.closing);
-                garbage.attached.extend(pool.attached.drain().map(|(_, dmb)| dmb));
-            }
-            keep
-        });
+        state.tidy(&mut garbage);
         let Settings { smallest, first, largest, .. } = self.settings;
-        let pool = pools.entry(member.group).or_insert_with(|| Pool {
+        let pool = state.pools.entry(member.group).or_insert_with(|| Pool {
             advice: Advice::new(smallest, first, largest),
             idle: Vec::new(),
             closing: Vec::new(),
             attached: HashMap::new(),
         });
-        pool.tidy(&mut garbage);
         let size = pool.advice.next();
         // The smallest that is large enough: what is there already costs less than a smaller one would.
         let enough = pool.idle.iter().enumerate().filter(|(_, rmb)| rmb.size >= size);
@@ -366,7 +377,8 @@ impl Contacts {
         let mut trimmed = false;
         let mut next = Some(size);
         while let Some(size) = next {
-            match device.register_in_pool(Gid::from_u64(choice.peer), size.bytes()) {
+            let register = || device.register_in_pool(Gid::from_u64(choice.peer), size.bytes());
+            match self.with_a_place(register) {
                 Ok(dmb) => {
                     self.counters.made.fetch_add(1, Ordering::Relaxed);
                     return Ok(Rmb { dmb: Arc::new(dmb), size });
@@ -388,6 +400,24 @@ impl Contacts {
             }
         }
         Err(Reason::MAX_DMBS)
+    }
+
+    /// Asks the device for something that needs a place in the window. If it finds the place taken, it is by what is of no use any
+    /// more: that this is so may be news that arrives just now.
+    fn with_a_place<T>(&self, ask: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
+        let mut attempts = 0;
+        loop {
+            match ask() {
+                Err(Error::Refused { status: Status::Io, .. }) if attempts < PLACE_ATTEMPTS => {
+                    attempts += 1;
+                    let mut garbage = Garbage::default();
+                    lock(&self.state).tidy(&mut garbage);
+                    drop(garbage);
+                    std::thread::yield_now();
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Releases every buffer that no connection uses.
@@ -415,10 +445,11 @@ impl Contacts {
                     .get_mut(&lease.group)
                     .and_then(|pool| pool.attached.remove(&token));
                 drop(ended);
-                let remote = self.devices[choice.device].attach(token).map_err(|error| {
-                    tracing::debug!("attaching the peer's buffer: {error}");
-                    Reason::NO_SMCD_DEVICE
-                })?;
+                let remote =
+                    self.with_a_place(|| self.devices[choice.device].attach(token)).map_err(|error| {
+                        tracing::debug!("attaching the peer's buffer: {error}");
+                        Reason::NO_SMCD_DEVICE
+                    })?;
                 let remote = Arc::new(remote);
                 if let Some(pool) = lock(&self.state).pools.get_mut(&lease.group) {
                     pool.attached.insert(token, remote.clone());

@@ -4,10 +4,12 @@
 mod map;
 mod message;
 mod moved;
+mod smc;
 
 pub use map::{in_place, map};
 pub use message::{direct, messages};
 pub use moved::moved;
+pub use smc::connect as smc;
 
 use anyhow::{Context, Result};
 use dmbridge::{Device, Dmb, Gid, Token, pci};
