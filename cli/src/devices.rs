@@ -8,8 +8,20 @@ use std::path::PathBuf;
 use crate::control;
 use crate::report::{Device, bytes};
 
+/// What the columns are.
+const COLUMNS: &str = "Columns:
+  PID         process of the front-end: a VMM, or a program that uses the library
+  STATE       absent: nobody is connected · connected: no driver has started the device · maps · moves only
+  DMBS        buffers that it owns: it reads them, others write them
+  ATTACHED    buffers of others that it has mapped
+  EXTENTS     pieces of memory in its window, which hold the buffers of one pair of devices each
+  MAPPED      their sizes together
+  MOVES       copies that the daemon made for it; MOVED: bytes of these
+  SIGNALS     how often it woke somebody; SUPPRESSED: how often that was not needed";
+
 /// What `dmbridge devices` is asked for.
 #[derive(clap::Args)]
+#[command(after_help = COLUMNS)]
 pub struct Args {
     /// The daemon's control socket
     #[arg(long, value_name = "SOCKET", default_value = "/run/dmbridge/control.sock")]
@@ -43,7 +55,7 @@ pub fn run(args: Args) -> Result<()> {
 
 fn table(devices: &[Device]) -> String {
     if devices.is_empty() {
-        return "no devices\n".to_owned();
+        return "no devices: none is configured, and no program has connected to the hub\n".to_owned();
     }
     let header = [
         "NAME",
@@ -114,6 +126,6 @@ mod tests {
         assert!(lines[1].contains("4.0 MiB"), "{text}");
         assert!(lines[2].contains("absent"), "{text}");
         assert_eq!(lines[0].find("GROUP"), lines[1].find("default"));
-        assert_eq!(table(&[]), "no devices\n");
+        assert!(table(&[]).starts_with("no devices"));
     }
 }

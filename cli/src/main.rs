@@ -20,9 +20,17 @@ mod usage;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+/// What to type first.
+const FIRST_STEPS: &str = "First steps:
+  dmbridge demo                     needs nothing else: starts a daemon of its own
+  dmbridged --hub /run/dmbridge/hub.sock --control /run/dmbridge/control.sock
+  dmbridge devices                  once that daemon runs
+  dmbridge bench --quick            see that everything is there before minutes are spent on measuring
+  dmbridge bench --vms --quick      the same between two virtual machines";
+
 /// Shared memory between isolated programs: show it, measure it, look at it.
 #[derive(Parser)]
-#[command(name = "dmbridge", version, about)]
+#[command(name = "dmbridge", version, after_help = FIRST_STEPS)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -59,15 +59,20 @@ fn what_cannot_be_is_refused_with_a_sentence() {
     );
     refuses(&["bench", "--vms", "--transport", "uds"], 2, "uds is measured only without --vms");
     refuses(&["bench", "--transport", "vsock"], 2, "vsock is measured only with --vms");
-    refuses(&["bench", "--vms", "--case", "scale"], 2, "without --vms");
+    refuses(&["bench", "--vms", "--case", "scale"], 2, "measure it without --vms");
     refuses(&["demo", "--file", "/nowhere"], 2, "/nowhere cannot be read");
     refuses(&["demo", "--file", "/"], 2, "/ is not a regular file");
-    refuses(&["devices", "--control", "/nowhere/control.sock"], 1, "nobody answers at /nowhere/control.sock");
+    refuses(
+        &["devices", "--control", "/nowhere/control.sock"],
+        1,
+        "there is no socket /nowhere/control.sock",
+    );
     refuses(
         &["topology", "--control", "/nowhere/control.sock"],
         1,
-        "nobody answers at /nowhere/control.sock",
+        "there is no socket /nowhere/control.sock",
     );
+    refuses(&["engines", "--control", "/dev/null"], 1, "/dev/null is not a socket");
     refuses(&["bench-worker", "a", "{}"], 1, "not by hand");
     refuses(&["demo-worker", "b", "{}"], 1, "not by hand");
 }

@@ -83,8 +83,11 @@ pub fn run(args: Args) -> Result<()> {
     let cases =
         if args.cases.is_empty() { default_cases(place, args.html.is_some()) } else { args.cases.clone() };
     let mut transports = choose_transports(&args.transports, place)?;
-    if args.vms && cases.contains(&Case::Scale) {
-        return Err(usage("scale is about one daemon with many devices; measure it without --vms"));
+    if let Some(case) = cases.iter().find(|case| args.vms && !case.is_in_vms()) {
+        return Err(usage(format!(
+            "{} is not about two virtual machines; measure it without --vms",
+            case.name()
+        )));
     }
     let mut run = Run { machine: Machine::look()?, results: Vec::new() };
     let lines = plan::lines(&cases, &transports, run.machine.cpus);
@@ -144,9 +147,10 @@ fn choose_transports(asked: &[Transport], place: Place) -> Result<Vec<Transport>
         Transport::Ucx if find_program("ucx_perftest").is_none() => {
             Some("ucx cannot be measured: ucx_perftest is not installed (Debian: ucx-utils)")
         }
-        Transport::Iceoryx2 if cfg!(not(feature = "iceoryx2")) => {
-            Some("iceoryx2 cannot be measured: this program was built without its feature `iceoryx2`")
-        }
+        Transport::Iceoryx2 if cfg!(not(feature = "iceoryx2")) => Some(
+            "iceoryx2 cannot be measured: this program was built without its feature `iceoryx2` (`cargo xtask \
+                 bench` builds it with it)",
+        ),
         _ => None,
     };
     if let Some(sentence) = asked.iter().find_map(|t| missing(*t)) {
@@ -203,6 +207,9 @@ struct Bench {
 impl Bench {
     fn new(args: &Args, machine: &Machine, lines: &[Line], parts: Option<&Parts>) -> Result<Bench> {
         let scratch = Scratch::new(transport::remove_leftovers)?;
+        if parts.is_some() {
+            eprintln!("booting two virtual machines");
+        }
         let vms = parts.map(|parts| Vms::boot(parts, &scratch)).transpose()?;
         let used: HashSet<Transport> =
             lines.iter().flat_map(|line| line.transports.iter().copied()).collect();

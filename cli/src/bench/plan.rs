@@ -257,6 +257,11 @@ impl Case {
         name_of(&self)
     }
 
+    /// Whether it says something of two virtual machines.
+    pub fn is_in_vms(self) -> bool {
+        !matches!(self, Case::Patterns | Case::Scale)
+    }
+
     /// What the case measures; `None` for those that are not one measurement.
     pub fn work(self) -> Option<(Work, Unit)> {
         Some(match self {
