@@ -27,8 +27,9 @@ const PIECE: usize = 128 << 10;
 const CLOSED: u32 = 1 << 31;
 /// How long a call sleeps on a connection that an epoll instance watches too.
 const WATCHED: Duration = Duration::from_millis(10);
-/// So many bytes that woke may wait to be taken away.
-const MOST_UNEATEN: u64 = 32;
+/// So many bytes that woke may wait to be taken away, and are acknowledged together. TCP sends no more than ten segments
+/// before an acknowledgement, which for a few bytes takes its time: a byte that has to wait for it would wake too late.
+const MOST_UNEATEN: u64 = 4;
 /// An empty ring says nothing of a peer that has died; the kernel is asked again after so long.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -971,7 +972,7 @@ impl Conn {
                 Some(Ok(()))
             }
             Ok(n) => {
-                self.rx.eaten.fetch_add(n as u64, Ordering::Relaxed);
+                self.ate(fd, n);
                 None
             }
             Err(EAGAIN | libc::EINTR) => None,
@@ -984,6 +985,14 @@ impl Conn {
                 self.eof.store(true, Ordering::Release);
                 Some(Err(errno))
             }
+        }
+    }
+
+    /// Bytes that were sent to wake were taken away.
+    fn ate(&self, fd: c_int, bytes: usize) {
+        let before = self.rx.eaten.fetch_add(bytes as u64, Ordering::Relaxed);
+        if (before + bytes as u64) / MOST_UNEATEN != before / MOST_UNEATEN {
+            tcp::set_option(fd, libc::TCP_QUICKACK, 1);
         }
     }
 
@@ -1052,9 +1061,7 @@ impl Conn {
         crowd::slept(self.rx_spinner(), start);
         match result {
             Ok(Some(0)) => self.eof.store(true, Ordering::Release),
-            Ok(Some(n)) => {
-                self.rx.eaten.fetch_add(n as u64, Ordering::Relaxed);
-            }
+            Ok(Some(n)) => self.ate(fd, n),
             Ok(None) => {}
             // The end is found by who looks at the ring.
             Err(ECONNRESET) if on_ring => self.eat_reset(),
