@@ -300,7 +300,7 @@ impl Conn {
             return self.is_moved();
         }
         // Who sleeps in the kernel on this descriptor now is woken by the first bytes in the ring.
-        self.local().arm(DATA | ROOM);
+        self.local().arm(DATA | ROOM, 0);
         self.remote().ready.store(1, Ordering::Release);
         true
     }
@@ -427,7 +427,7 @@ impl Conn {
             }
             if nonblocking {
                 self.tx.full.store(true, Ordering::SeqCst);
-                self.local().arm(ROOM);
+                self.local().arm(ROOM, 0);
                 if self.has_room() {
                     continue;
                 }
@@ -524,7 +524,7 @@ impl Conn {
             }
             if self.nonblocking.load(Ordering::Relaxed) {
                 self.tx.full.store(true, Ordering::SeqCst);
-                self.local().arm(ROOM);
+                self.local().arm(ROOM, 0);
                 if self.has_room() {
                     continue;
                 }
@@ -616,7 +616,7 @@ impl Conn {
         };
         let deadline = tcp::timeout(fd, libc::SO_SNDTIMEO).map(|t| Instant::now() + t);
         loop {
-            self.local().arm(ROOM);
+            self.local().arm(ROOM, 0);
             if self.has_room() || self.is_broken() {
                 break;
             }
@@ -1033,7 +1033,7 @@ impl Conn {
             Err(start) => start,
         };
         let sleepers = self.rx.sleepers.fetch_add(1, Ordering::SeqCst);
-        self.local().arm(DATA);
+        self.local().arm(DATA, 0);
         let result = if ready() || ended() {
             Ok(None)
         } else if let Some(longest) = self.longest_sleep() {
@@ -1118,7 +1118,7 @@ impl Conn {
     }
 
     /// Asks for a byte that wakes; look again after it.
-    pub fn arm(&self, fd: c_int, events: i16, edges: bool) {
+    pub fn arm(&self, fd: c_int, events: i16, edges: bool, sleep: u64) {
         if !self.is_moved() {
             return;
         }
@@ -1140,7 +1140,7 @@ impl Conn {
             what |= ROOM;
         }
         if what != 0 {
-            self.local().arm(what);
+            self.local().arm(what, sleep);
         }
     }
 

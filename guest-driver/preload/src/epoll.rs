@@ -20,7 +20,7 @@ use libc::{
 use std::cell::UnsafeCell;
 use std::ptr::null;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const IN: u32 = EPOLLIN as u32;
@@ -80,6 +80,8 @@ pub struct Set {
     converted: AtomicU32,
     sleepers: AtomicU32,
     turn: AtomicU32,
+    /// The name of the last sleep; 0: none yet.
+    sleep: AtomicU64,
     /// The kernel had something else than wake-ups when it was last asked.
     busy: AtomicBool,
     /// An eventfd that is registered in it, to wake who sleeps for what only we know; 0: none.
@@ -109,6 +111,7 @@ impl Default for Set {
             converted: AtomicU32::new(0),
             sleepers: AtomicU32::new(0),
             turn: AtomicU32::new(0),
+            sleep: AtomicU64::new(0),
             busy: AtomicBool::new(true),
             bell: AtomicI32::new(0),
             spinner: OnceLock::new(),
@@ -169,7 +172,7 @@ impl Set {
         }
     }
 
-    /// A moved connection is not registered any more. The byte that would have woken a sleeper may have come to it.
+    /// A moved connection is not registered any more. The byte that would have woken a sleeper, also for others, may have come to it.
     fn lose(&self) {
         self.converted.fetch_sub(1, Ordering::AcqRel);
         if self.sleepers.load(Ordering::SeqCst) != 0 {
@@ -244,6 +247,7 @@ impl Set {
     fn arm(&self, epoll: c_int) -> bool {
         self.with_hot(|hot| {
             let mut quiet = true;
+            let sleep = self.next_sleep();
             hot.retain(|&fd| {
                 let Some((entry, conn)) = converted(fd) else { return false };
                 let Some(registrations) = entry.registrations() else { return false };
@@ -251,13 +255,27 @@ impl Set {
                     let Some(r) = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted) else {
                         return false;
                     };
-                    quiet &= r.arm(fd, conn);
                     r.idle += 1;
-                    r.idle < IDLE
+                    let stays = r.idle < IDLE;
+                    // Who is forgotten wakes by itself.
+                    quiet &= r.arm(fd, conn, if stays { sleep } else { 0 });
+                    stays
                 })
             });
             quiet
         })
+    }
+
+    /// A name that no other sleep of this host has. Under the lock.
+    fn next_sleep(&self) -> u64 {
+        let mut last = self.sleep.load(Ordering::Relaxed);
+        if last == 0 {
+            // SAFETY: 8 bytes.
+            errno::keep(|| unsafe { libc::getrandom((&raw mut last).cast(), 8, libc::GRND_NONBLOCK) });
+        }
+        let next = last.wrapping_add(1).max(1);
+        self.sleep.store(next, Ordering::Relaxed);
+        next
     }
 
     /// Somebody is awake, and looks by itself: peers can spare their bytes, unless somebody else sleeps.
@@ -308,7 +326,7 @@ impl Set {
                         r.idle += 1;
                         if r.idle > IDLE {
                             r.idle = 0;
-                            return (!r.arm(fd, conn)).then_some(());
+                            return (!r.arm(fd, conn, 0)).then_some(());
                         }
                         Some(())
                     })
@@ -443,13 +461,13 @@ impl Registration {
     }
 
     /// Has the peer wake for what the program waits for. False if that is there.
-    fn arm(&mut self, fd: c_int, conn: &Conn) -> bool {
+    fn arm(&mut self, fd: c_int, conn: &Conn, sleep: u64) -> bool {
         if self.fired {
             return true;
         }
         self.sync(fd, conn);
         let (_, only_wakes) = self.wanted(conn);
-        conn.arm(fd, self.waits_for(conn), only_wakes);
+        conn.arm(fd, self.waits_for(conn), only_wakes, sleep);
         self.peek(fd, conn) == 0
     }
 

@@ -6,6 +6,7 @@
 //! | 64 | 8 | `switch` | 1 + the position in the peer's TCP stream from which on its bytes are in the ring; 0: not yet |
 //! | 72 | 4 | `ready` | 1: the peer's readers know of the ring that this side writes |
 //! | 128 | 4 | `armed` | what the owner wants to be woken for; the owner sets, the peer takes |
+//! | 136 | 8 | `sleep` | the owner's: names the sleep for which it armed; many connections may have one. 0: none |
 //! | 192 | 8 | `wakes` | bytes that the peer has sent over TCP after `switch`, to wake |
 
 use dmbridge_proto::smc::cdc::CdcMessage;
@@ -28,7 +29,9 @@ pub struct Header {
     pub ready: AtomicU32,
     _b: [u32; 13],
     pub armed: AtomicU32,
-    _c: [u32; 15],
+    _c: u32,
+    pub sleep: AtomicU64,
+    _d: [u64; 6],
     pub wakes: AtomicU64,
 }
 
@@ -36,6 +39,7 @@ const _: () = {
     assert!(std::mem::offset_of!(Header, switch) == 64);
     assert!(std::mem::offset_of!(Header, ready) == 72);
     assert!(std::mem::offset_of!(Header, armed) == 128);
+    assert!(std::mem::offset_of!(Header, sleep) == 136);
     assert!(std::mem::offset_of!(Header, wakes) == 192);
 };
 
@@ -52,7 +56,8 @@ impl Header {
 
     /// Owner: asks to be woken. **Look again after this.**
     #[inline]
-    pub fn arm(&self, what: u32) {
+    pub fn arm(&self, what: u32, sleep: u64) {
+        self.sleep.store(sleep, Ordering::Relaxed);
         self.armed.fetch_or(what, Ordering::SeqCst);
         fence(Ordering::SeqCst);
     }
@@ -72,5 +77,14 @@ impl Header {
         fence(Ordering::SeqCst);
         self.armed.load(Ordering::Relaxed) & what != 0
             && self.armed.fetch_and(!what, Ordering::AcqRel) & what != 0
+            && is_first(self.sleep.load(Ordering::Relaxed))
     }
+}
+
+/// Whether nobody of this process has woken that sleep yet. Who sleeps for many connections looks at all of them when one
+/// wakes it; and before it sleeps again it names a new sleep, and looks again after that.
+fn is_first(sleep: u64) -> bool {
+    static WOKEN: [AtomicU64; 256] = [const { AtomicU64::new(0) }; 256];
+    // Neighbours are sleeps of the same sleeper.
+    sleep == 0 || WOKEN[(sleep >> 40) as usize % WOKEN.len()].swap(sleep, Ordering::Relaxed) != sleep
 }

@@ -91,7 +91,7 @@ fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
         for at in fds.iter() {
             if let Some(conn) = moved(at.fd) {
                 let full = if conn.is_full() { at.events } else { at.events & !POLLOUT };
-                conn.arm(at.fd, full, false);
+                conn.arm(at.fd, full, false, 0);
             } else if let Some(set) =
                 table::get(at.fd).filter(|e| e.kind() == Kind::Epoll).and_then(Entry::set)
             {
