@@ -41,6 +41,21 @@ socket = "/tmp/hub.sock"
 group = "default"
 "#;
 const HUB: &str = "/tmp/hub.sock";
+/// Of another daemon, which may use all CPUs and leaves large moves to workers.
+const ENGINES: &str = r#"
+[daemon]
+control = "/tmp/engines.sock"
+[limits]
+window_size = "64M"
+max_dmb_size = "16M"
+[hub]
+socket = "/tmp/engines-hub.sock"
+[[hub.rule]]
+group = "default"
+[[engines.rule]]
+at_least = "64K"
+engine = "cpu-node"
+"#;
 /// Bytes of each DMB, and pages.
 const SIZE: u64 = 1 << 20;
 const PAGES: u64 = SIZE / 4096;
@@ -257,4 +272,51 @@ fn a_device_is_where_its_memory_is_and_not_where_its_process_happens_to_run() {
     assert_eq!((&found["node"], &found["node_source"]), (&json!(1), &json!("memory")));
     let extents = report(&mut moved)["extents"].clone();
     assert_eq!((&extents[0]["owner"], &extents[0]["nodes"]), (&json!(gid), &json!([1])));
+}
+
+#[test]
+fn large_moves_are_copied_by_cpus_of_the_node_where_they_arrive() {
+    let setup = setup();
+    let (vm, hub) = (&setup.vm, "/tmp/engines-hub.sock");
+    vm.push(ENGINES.as_bytes(), "/tmp/engines.toml");
+    let _daemon = vm.start_command(&["dmbridged", "--config", "/tmp/engines.toml"]);
+    until("the daemon makes its control socket", || {
+        vm.run(&["test", "-S", "/tmp/engines.sock"]).status.success().then_some(())
+    });
+    let mut owner = Driven::inside(vm, 1, hub);
+    let mut peer = Driven::inside(vm, 0, hub);
+    let (theirs, token) = owner.register(&peer, SIZE);
+    let (back, back_token) = peer.register(&owner, SIZE);
+    // One direction by moves, the other one by stores.
+    let (to, from) = (peer.sender("move", &token), owner.sender("attach", &back_token));
+    owner.begin(&format!("exchange {theirs} {from} {SIZE} 1"));
+    peer.begin(&format!("exchange {back} {to} {SIZE} 2"));
+    assert_eq!(owner.answer()["received"], peer.answer()["sent"]);
+
+    let engines = owner.ask("get /tmp/engines.sock /v1/engines");
+    println!("{engines}");
+    let count = |name: &str, what: &str| {
+        let mut all = engines["engines"].as_array().expect("a list").iter();
+        all.find(|engine| engine["name"] == name).expect("the engine is there")[what]
+            .as_u64()
+            .expect("a number")
+    };
+    assert!(count("cpu-node.1", "bytes") >= SIZE / 2, "{engines}");
+    assert_eq!(count("cpu-node.0", "copies"), 0, "{engines}");
+    let used = engines["rows"].as_array().expect("a list").iter().filter(|row| row["uses"] != 0);
+    let large = used.filter(|row| row["bytes"].as_u64() >= Some(64 << 10));
+    for row in large {
+        assert_eq!((&row["destination_node"], &row["engine"]), (&json!(1), &json!("cpu-node.1")));
+        assert_eq!(row["chosen_by"], "configuration");
+    }
+    // The workers stay on their node.
+    let workers =
+        "for t in /proc/[0-9]*/task/*; do echo $(cat $t/comm) $(grep Cpus_allowed_list $t/status); done";
+    let workers = vm.shell(&format!("({workers}) 2>/dev/null | grep dmb-copy"));
+    for line in workers.lines() {
+        let node = line.strip_prefix("dmb-copy-").and_then(|rest| rest.split('.').next()).expect("a node");
+        // The CPUs have the numbers of their nodes.
+        assert!(line.ends_with(&format!(" {node}")), "{line}");
+    }
+    assert!(workers.contains("dmb-copy-1.0"), "{workers}");
 }

@@ -56,8 +56,12 @@ fn look(sysfs: &Path, queue: String) -> Option<Found> {
     if of("state")? != "enabled" || of("type")? != "user" {
         return None;
     }
-    let device = queue.strip_prefix("wq")?.split_once('.')?.0;
-    let node = read(sysfs.join(format!("dsa{device}")).join("numa_node"));
+    // Other devices of the driver, which compress, have queues of the same names, and other numbers.
+    let device = sysfs.join(format!("dsa{}", queue.strip_prefix("wq")?.split_once('.')?.0));
+    if !device.is_dir() {
+        return None;
+    }
+    let node = read(device.join("numa_node"));
     Some(Found {
         name: of("name").unwrap_or_default(),
         node: node.and_then(|node| node.parse().ok()).and_then(NodeId::new),
@@ -296,6 +300,8 @@ mod tests {
         };
         queue("dsa0", &[("numa_node", "1")]);
         queue("dsa2", &[("numa_node", "-1")]);
+        queue("iax1", &[("numa_node", "0")]);
+        queue("wq1.0", &usual);
         queue("wq0.0", &usual);
         queue("wq0.1", &but("state", "disabled"));
         queue("wq0.2", &but("type", "kernel"));
