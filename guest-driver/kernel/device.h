@@ -17,6 +17,7 @@
 /* (3) Feature bits */
 #define DMBRIDGE_F_MAP			0
 #define DMBRIDGE_F_RAM_DMB		1
+#define DMBRIDGE_F_PRIVATE_LINE		4
 
 /* The number of a size's byte in copy_plan: 256 << i and above */
 #define DMBRIDGE_COPY_PLAN		16
@@ -90,6 +91,12 @@ struct dmbridge_segment {
 } __packed;
 
 #define DMBRIDGE_REGISTER_RAM		1
+#define DMBRIDGE_REGISTER_PRIVATE_LINE	2
+
+/* Flags in replies */
+#define DMBRIDGE_PAIR_MAP		1
+#define DMBRIDGE_PAIR_FUTEX		2
+#define DMBRIDGE_PAIR_PRIVATE_LINE	4
 
 struct dmbridge_register {
 	struct dmbridge_gid rgid;

@@ -90,7 +90,10 @@ void dmbridge_signalled(struct dmbridge *dev, u32 index, u64 token)
 		return;
 	spin_lock_irqsave(&dev->dmbs_lock, flags);
 	dmb = dev->dmbs[index];
-	if (dmb && dmb->token == token) {
+	if (dmb && dmb->token == token && dmb->is_programs) {
+		dmbridge_count(dev, signals, 1);
+		dmb->signal(dmb, 0);
+	} else if (dmb && dmb->token == token) {
 		dmbridge_count(dev, signals, 1);
 		dmb->signal(dmb, atomic64_xchg(&dmb->line->pending, 0));
 		if (list_empty(&dmb->attending))
@@ -122,6 +125,8 @@ static int register_with(struct dmbridge *dev, struct dmbridge_dmb *dmb)
 
 	request->rgid = dmbridge_gid(dmb->peer);
 	request->size = cpu_to_le64(dmb->size);
+	if (dmb->is_programs && !dmb->ram)
+		request->flags = cpu_to_le32(DMBRIDGE_REGISTER_PRIVATE_LINE);
 	if (dmb->ram) {
 		request->flags = cpu_to_le32(DMBRIDGE_REGISTER_RAM);
 		request->num_segments = cpu_to_le32(1);
@@ -137,6 +142,7 @@ static int register_with(struct dmbridge *dev, struct dmbridge_dmb *dmb)
 	dmb->index = le32_to_cpu(reply.index);
 	dmb->offset = le64_to_cpu(reply.offset);
 	dmb->line_offset = le64_to_cpu(reply.line_offset);
+	dmb->flags = le32_to_cpu(reply.flags);
 	if (!dmb->token || dmb->index >= dev->limits.max_dmbs ||
 	    le64_to_cpu(reply.size) != dmb->size ||
 	    (!dmb->ram && !dmbridge_in_window(dev, dmb->offset, dmb->size, dmb->line_offset))) {
@@ -147,7 +153,8 @@ static int register_with(struct dmbridge *dev, struct dmbridge_dmb *dmb)
 		dmb->memory = dev->window + dmb->offset;
 		dmb->line = dev->window + dmb->line_offset;
 	}
-	arm(dmb->line);
+	if (!dmb->is_programs)
+		arm(dmb->line);
 	spin_lock_irq(&dev->dmbs_lock);
 	taken = dev->dmbs[dmb->index];
 	if (!taken)
@@ -171,7 +178,7 @@ static void free_ram(struct dmbridge *dev, struct dmbridge_dmb *dmb, bool safe)
 	if (safe) {
 		if (dmb->memory)
 			free_pages_exact(dmb->memory, dmb->size);
-		kfree(dmb->line);
+		free_page((unsigned long)dmb->line);
 		return;
 	}
 	/* Without memory for a grave it is leaked, which is safe as well. */
@@ -182,6 +189,48 @@ static void free_ram(struct dmbridge *dev, struct dmbridge_dmb *dmb, bool safe)
 	spin_lock_irq(&dev->dmbs_lock);
 	list_add(&grave->list, &dev->graves);
 	spin_unlock_irq(&dev->dmbs_lock);
+}
+
+static struct dmbridge_dmb *make(struct dmbridge *dev, u64 peer, size_t size,
+				 void (*signal)(struct dmbridge_dmb *, u64), void *owner,
+				 bool is_programs)
+{
+	struct dmbridge_dmb *dmb;
+	int rc = -EOPNOTSUPP;
+
+	size = ALIGN(size, SZ_4K);
+	if (!size || size > dev->limits.max_dmb_size)
+		return ERR_PTR(-E2BIG);
+	dmb = kzalloc(sizeof(*dmb), GFP_KERNEL);
+	if (!dmb)
+		return ERR_PTR(-ENOMEM);
+	dmb->dev = dev;
+	dmb->peer = peer;
+	dmb->size = size;
+	dmb->signal = signal;
+	dmb->owner = owner;
+	dmb->is_programs = is_programs;
+	INIT_LIST_HEAD(&dmb->attending);
+	if (dev->can_map && (dev->can_private_line || !is_programs))
+		rc = register_with(dev, dmb);
+	/* No room for another mapping, or none at all: in RAM, then. */
+	if ((rc == -ENOSPC || rc == -EOPNOTSUPP) && dev->can_ram) {
+		dmb->ram = true;
+		/* A page, because a program may get it. */
+		dmb->line = (void *)get_zeroed_page(GFP_KERNEL);
+		dmb->memory = alloc_pages_exact(size, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN |
+						      __GFP_NORETRY);
+		rc = -ENOMEM;
+		if (dmb->line && dmb->memory)
+			rc = register_with(dev, dmb);
+		if (rc)
+			free_ram(dev, dmb, !dmbridge_is_broken(dev));
+	}
+	if (rc) {
+		kfree(dmb);
+		return ERR_PTR(rc);
+	}
+	return dmb;
 }
 
 /**
@@ -198,40 +247,14 @@ static void free_ram(struct dmbridge *dev, struct dmbridge_dmb *dmb, bool safe)
 struct dmbridge_dmb *dmbridge_register(struct dmbridge *dev, u64 peer, size_t size,
 				       void (*signal)(struct dmbridge_dmb *, u64), void *owner)
 {
-	struct dmbridge_dmb *dmb;
-	int rc = -EOPNOTSUPP;
+	return make(dev, peer, size, signal, owner, false);
+}
 
-	size = ALIGN(size, SZ_4K);
-	if (!size || size > dev->limits.max_dmb_size)
-		return ERR_PTR(-E2BIG);
-	dmb = kzalloc(sizeof(*dmb), GFP_KERNEL);
-	if (!dmb)
-		return ERR_PTR(-ENOMEM);
-	dmb->dev = dev;
-	dmb->peer = peer;
-	dmb->size = size;
-	dmb->signal = signal;
-	dmb->owner = owner;
-	INIT_LIST_HEAD(&dmb->attending);
-	if (dev->can_map)
-		rc = register_with(dev, dmb);
-	/* No room for another mapping, or none at all: in RAM, then. */
-	if ((rc == -ENOSPC || rc == -EOPNOTSUPP) && dev->can_ram) {
-		dmb->ram = true;
-		dmb->line = kzalloc(sizeof(*dmb->line), GFP_KERNEL);
-		dmb->memory = alloc_pages_exact(size, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN |
-						      __GFP_NORETRY);
-		rc = -ENOMEM;
-		if (dmb->line && dmb->memory)
-			rc = register_with(dev, dmb);
-		if (rc)
-			free_ram(dev, dmb, !dmbridge_is_broken(dev));
-	}
-	if (rc) {
-		kfree(dmb);
-		return ERR_PTR(rc);
-	}
-	return dmb;
+/* The same for a program, which gets the control line as well. */
+struct dmbridge_dmb *dmbridge_register_for(struct dmbridge *dev, u64 peer, size_t size,
+					   void (*signal)(struct dmbridge_dmb *, u64), void *owner)
+{
+	return make(dev, peer, size, signal, owner, true);
 }
 
 /**
@@ -272,7 +295,7 @@ void dmbridge_dmbs_free(struct dmbridge *dev)
 	list_for_each_entry_safe(grave, next, &dev->graves, list) {
 		if (grave->memory)
 			free_pages_exact(grave->memory, grave->size);
-		kfree(grave->line);
+		free_page((unsigned long)grave->line);
 		kfree(grave);
 	}
 	kvfree(dev->dmbs);

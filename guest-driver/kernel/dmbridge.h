@@ -10,9 +10,10 @@
  *	remote.c	DMBs of others into which this device writes
  *	copy.c		stores into the window
  *	smc.c		the device as an SMC-D device of Linux
+ *	chardev.c	DMBs for programs
  *
- * Who calls whom: main.c starts all; smc.c calls dmb.c and remote.c; these call
- * control.c and move.c; event.c tells dmb.c, remote.c and smc.c.
+ * Who calls whom: main.c starts all; smc.c and chardev.c call dmb.c and
+ * remote.c; these call control.c and move.c; event.c tells all of them.
  *
  * Nothing that a device says is believed: what could make this driver touch
  * memory that is not the device's, wait for ever, or take two things for one is
@@ -54,6 +55,7 @@
 #define DMBRIDGE_EVENTS			128
 
 struct dmbridge;
+struct dmbridge_chardev;
 struct smcd_dev;
 
 /* Configuration, checked and in the CPU's byte order */
@@ -124,6 +126,7 @@ struct dmbridge_moves {
  * struct dmbridge_dmb - a DMB that this device owns
  * @signal:	called when the peer has signalled, in any context, with
  *		interrupts off; it must not unregister
+ * @is_programs: its control line is a program's, and left alone here
  * @attending:	in the list of DMBs whose line is to be armed again
  */
 struct dmbridge_dmb {
@@ -138,6 +141,8 @@ struct dmbridge_dmb {
 	u64 offset;
 	u64 line_offset;
 	bool ram;
+	bool is_programs;
+	u32 flags;
 	void (*signal)(struct dmbridge_dmb *dmb, u64 mask);
 	void *owner;
 	struct list_head attending;
@@ -201,6 +206,7 @@ struct dmbridge {
 	unsigned long state;
 	bool can_map;
 	bool can_ram;
+	bool can_private_line;
 	phys_addr_t window_phys;
 	void *window;
 
@@ -226,6 +232,7 @@ struct dmbridge {
 	struct workqueue_struct *wq;
 	struct work_struct broken;
 	struct smcd_dev *smcd;
+	struct dmbridge_chardev *chardev;
 	struct dmbridge_stats __percpu *stats;
 };
 
@@ -270,6 +277,8 @@ int dmbridge_moves_init(struct dmbridge *dev, struct virtqueue **vqs);
 void dmbridge_moves_free(struct dmbridge *dev);
 int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data, size_t size,
 		  u64 mask, struct dmbridge_remote *remote);
+int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, const void *data,
+			   size_t size, u32 flags, u64 mask);
 int dmbridge_ring(struct dmbridge *dev, u64 token);
 void dmbridge_watch(struct dmbridge *dev);
 int dmbridge_moves_drain(struct dmbridge_remote *remote);
@@ -279,6 +288,8 @@ void dmbridge_dmbs_init(struct dmbridge *dev);
 void dmbridge_dmbs_free(struct dmbridge *dev);
 struct dmbridge_dmb *dmbridge_register(struct dmbridge *dev, u64 peer, size_t size,
 				       void (*signal)(struct dmbridge_dmb *, u64), void *owner);
+struct dmbridge_dmb *dmbridge_register_for(struct dmbridge *dev, u64 peer, size_t size,
+					   void (*signal)(struct dmbridge_dmb *, u64), void *owner);
 void dmbridge_unregister(struct dmbridge_dmb *dmb);
 void dmbridge_signalled(struct dmbridge *dev, u32 index, u64 token);
 bool dmbridge_in_window(struct dmbridge *dev, u64 offset, u64 size, u64 line_offset);
@@ -290,6 +301,7 @@ int dmbridge_write(struct dmbridge *dev, u64 token, u64 offset, const void *data
 		   bool signal);
 void dmbridge_remote_ended(struct dmbridge *dev, u64 token);
 void dmbridge_remotes_of_ended(struct dmbridge *dev, u64 owner);
+bool dmbridge_remote_is_known(struct dmbridge *dev, u64 token);
 void dmbridge_remote_put(struct dmbridge_remote *remote);
 
 /* copy.c */
@@ -301,5 +313,11 @@ int dmbridge_smc_add(struct dmbridge *dev);
 void dmbridge_smc_remove(struct dmbridge *dev);
 void dmbridge_smc_gone(struct dmbridge *dev, u64 gid);
 void dmbridge_smc_software(struct dmbridge *dev, u64 gid, u32 code, u64 info);
+
+/* chardev.c */
+int dmbridge_chardev_add(struct dmbridge *dev);
+void dmbridge_chardev_remove(struct dmbridge *dev);
+void dmbridge_chardev_broken(struct dmbridge *dev);
+void dmbridge_chardev_event(struct dmbridge *dev, const struct dmbridge_event *event);
 
 #endif /* DMBRIDGE_H */

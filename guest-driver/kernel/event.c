@@ -21,6 +21,7 @@ static void handle(struct dmbridge *dev, const struct dmbridge_event *event)
 	u64 gid = dmbridge_gid_id(&event->gid);
 	u64 token = le64_to_cpu(event->token);
 
+	dmbridge_chardev_event(dev, event);
 	switch (le16_to_cpu(event->type)) {
 	case DMBRIDGE_EVENT_UNREGISTERED:
 		dmbridge_remote_ended(dev, token);

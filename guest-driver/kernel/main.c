@@ -70,6 +70,7 @@ static int check_config(struct dmbridge *dev)
 	limits->max_dmb_size = min_t(u64, limits->max_dmb_size, SZ_1G);
 	dev->can_ram = virtio_has_feature(dev->vdev, DMBRIDGE_F_RAM_DMB);
 	dev->can_map = virtio_has_feature(dev->vdev, DMBRIDGE_F_MAP);
+	dev->can_private_line = virtio_has_feature(dev->vdev, DMBRIDGE_F_PRIVATE_LINE);
 	if (!dev->can_map)
 		return 0;
 	if (!virtio_get_shm_region(dev->vdev, &region, DMBRIDGE_WINDOW_SHMID) ||
@@ -127,6 +128,7 @@ static void broken(struct work_struct *work)
 	u64 peer, last = 0;
 	u32 i;
 
+	dmbridge_chardev_broken(dev);
 	/* Connections with every peer end, because nobody can be woken any more. */
 	for (i = 0; i < dev->limits.max_dmbs; i++) {
 		spin_lock_irq(&dev->dmbs_lock);
@@ -202,12 +204,18 @@ static int dmbridge_probe(struct virtio_device *vdev)
 	dmbridge_events_start(dev);
 	dev_info(&vdev->dev, "device %016llx, %s\n", dev->limits.gid,
 		 dev->can_map ? "mapped" : "moves only");
-	rc = dmbridge_smc_add(dev);
+	rc = dmbridge_chardev_add(dev);
 	if (rc)
 		goto fail_ready;
+	rc = dmbridge_smc_add(dev);
+	if (rc)
+		goto fail_chardev;
 	return 0;
 
+fail_chardev:
+	dmbridge_chardev_remove(dev);
 fail_ready:
+	set_bit(DMBRIDGE_BROKEN, &dev->state);
 	virtio_reset_device(vdev);
 	flush_workqueue(dev->wq);
 fail_queues:
@@ -223,6 +231,7 @@ static void dmbridge_remove(struct virtio_device *vdev)
 
 	set_bit(DMBRIDGE_GOING, &dev->state);
 	/* The device answers until all is given back, or is known not to. */
+	dmbridge_chardev_remove(dev);
 	dmbridge_smc_remove(dev);
 	set_bit(DMBRIDGE_BROKEN, &dev->state);
 	virtio_reset_device(vdev);
@@ -302,7 +311,9 @@ static const struct virtio_device_id ids[] = {
 };
 MODULE_DEVICE_TABLE(virtio, ids);
 
-static unsigned int features[] = { DMBRIDGE_F_MAP, DMBRIDGE_F_RAM_DMB };
+static unsigned int features[] = {
+	DMBRIDGE_F_MAP, DMBRIDGE_F_RAM_DMB, DMBRIDGE_F_PRIVATE_LINE,
+};
 
 static struct virtio_driver driver = {
 	.driver = {

@@ -117,14 +117,15 @@ static size_t pieces(struct scatterlist *sg, unsigned int *count, const u8 *data
  * more are waited for. Returns how many bytes were taken.
  */
 static ssize_t post(struct dmbridge_moves *moves, struct dmbridge_move_header *header,
-		    const void *data, size_t size, struct dmbridge_remote *remote)
+		    const void *data, size_t size, struct dmbridge_remote *remote,
+		    bool wait_for_it)
 {
 	struct scatterlist head, tail, sg[DMBRIDGE_MOVE_PIECES], *sgs[3];
 	struct dmbridge_wait wait = { .done = false };
 	ktime_t end = patience();
 	struct dmbridge_slot *slot;
 	unsigned int count, out;
-	bool kick, inlined = size <= DMBRIDGE_MOVE_INLINE;
+	bool kick, inlined = size <= DMBRIDGE_MOVE_INLINE, waits = !inlined || wait_for_it;
 	int rc;
 
 again:
@@ -166,9 +167,9 @@ again:
 	list_del_init(&slot->free);
 	moves->busy++;
 	slot->posted = jiffies;
-	slot->wait = inlined ? NULL : &wait;
+	slot->wait = waits ? &wait : NULL;
 	slot->remote = NULL;
-	if (inlined && remote) {
+	if (!waits && remote) {
 		kref_get(&remote->kref);
 		atomic_inc(&remote->inflight);
 		slot->remote = remote;
@@ -179,7 +180,7 @@ again:
 		virtqueue_notify(moves->vq);
 	dmbridge_count(moves->dev, moves, 1);
 	dmbridge_count(moves->dev, moved_bytes, size);
-	if (inlined)
+	if (!waits)
 		return size;
 	rc = spin(moves, &wait.done, end);
 	if (rc) {
@@ -232,7 +233,7 @@ int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data,
 			header.flags = cpu_to_le32(DMBRIDGE_MOVE_SIGNAL);
 			mask = 0;
 		}
-		done = post(moves, &header, data, part, remote);
+		done = post(moves, &header, data, part, remote, false);
 		if (done < 0)
 			return done;
 		data += done;
@@ -242,9 +243,24 @@ int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data,
 	if (mask) {
 		header.mask = cpu_to_le64(mask);
 		header.flags = cpu_to_le32(DMBRIDGE_MOVE_SIGNAL);
-		done = post(moves, &header, NULL, 0, remote);
+		done = post(moves, &header, NULL, 0, remote, false);
 	}
 	return done < 0 ? done : 0;
+}
+
+/* For a program: with the flags that it gave, and done when this returns. May sleep. */
+int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, const void *data,
+			   size_t size, u32 flags, u64 mask)
+{
+	struct dmbridge_move_header header = {
+		.token = cpu_to_le64(token),
+		.offset = cpu_to_le64(offset),
+		.mask = cpu_to_le64(mask),
+		.flags = cpu_to_le32(flags),
+	};
+	ssize_t rc = post(queue_of(dev, token), &header, data, size, NULL, true);
+
+	return rc < 0 ? rc : 0;
 }
 
 /* Wakes the owner of a DMB, whose wish to be woken was taken. */
@@ -254,7 +270,7 @@ int dmbridge_ring(struct dmbridge *dev, u64 token)
 		.token = cpu_to_le64(token),
 		.flags = cpu_to_le32(DMBRIDGE_MOVE_RING),
 	};
-	ssize_t rc = post(queue_of(dev, token), &header, NULL, 0, NULL);
+	ssize_t rc = post(queue_of(dev, token), &header, NULL, 0, NULL, false);
 
 	return rc < 0 ? rc : 0;
 }
@@ -306,7 +322,7 @@ static void watch(struct work_struct *work)
 	if (late)
 		dmbridge_break(dev, "it does not do its moves");
 	else if (!busy && atomic_read(&dev->live))
-		post(&dev->moves[0], &nothing, NULL, 0, NULL);
+		post(&dev->moves[0], &nothing, NULL, 0, NULL, false);
 	dmbridge_watch(dev);
 }
 

@@ -150,6 +150,17 @@ static struct dmbridge_remote *find_or_add(struct dmbridge *dev, u64 token)
 	return remote;
 }
 
+/* Whether SMC writes to it. */
+bool dmbridge_remote_is_known(struct dmbridge *dev, u64 token)
+{
+	bool known;
+
+	rcu_read_lock();
+	known = find(dev, token);
+	rcu_read_unlock();
+	return known;
+}
+
 static int ring(struct dmbridge_remote *remote)
 {
 	struct dmbridge_line *line = remote->line;

@@ -23,7 +23,8 @@ use crate::reactor::{Interest, Reactor, Registration, Source};
 use crate::shared::SharedMemory;
 use crate::sync::lock;
 use crate::transport::Transport;
-use crate::transport::pci::{Pci, PciAddress};
+use crate::transport::chardev::{self, Chardev};
+use crate::transport::pci::{self, Pci, PciAddress};
 use crate::transport::vhost_user::VhostUser;
 use crate::virtqueue::{Layout, Virtqueue};
 use crate::wait::{Awaited, DEFAULT_SPIN};
@@ -38,6 +39,10 @@ use std::time::Duration;
 
 /// Move queues that this driver uses at most, however many the device has.
 const MAX_MOVE_QUEUES: u16 = 8;
+/// Names the socket of a daemon, for programs that are not told otherwise.
+const SOCKET_VARIABLE: &str = "DMBRIDGE_SOCKET";
+/// Where a daemon listens unless it is told otherwise.
+const DEFAULT_HUB: &str = "/run/dmbridge/hub.sock";
 /// Size of a control line, in bytes.
 const LINE: usize = proto::extent::LINE_SIZE as usize;
 
@@ -85,6 +90,38 @@ impl Builder {
     pub fn connect(self, path: impl AsRef<Path>) -> Result<Device, Error> {
         let transport = VhostUser::connect(path.as_ref(), self.map)?;
         Ok(Device { core: Core::start(Box::new(transport), self)? })
+    }
+
+    /// Opens a character device of the kernel module.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Device::open_file`].
+    pub fn open_file(self, path: impl AsRef<Path>) -> Result<Device, Error> {
+        let transport = Chardev::open(path.as_ref())?;
+        Ok(Device { core: Core::start(Box::new(transport), self)? })
+    }
+
+    /// Opens what is there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Device::open`].
+    pub fn open(self) -> Result<Device, Error> {
+        if let Some(path) = std::env::var_os(SOCKET_VARIABLE) {
+            return self.connect(path);
+        }
+        if let Some(file) = chardev::find().first() {
+            return self.open_file(file);
+        }
+        match pci::find().first() {
+            Some(address) if Path::new(DEFAULT_HUB).exists() => {
+                // A foreign device may have the same ID.
+                self.open_pci(*address).or_else(|_| self.connect(DEFAULT_HUB))
+            }
+            Some(address) => self.open_pci(*address),
+            None => self.connect(DEFAULT_HUB),
+        }
     }
 
     /// Opens a PCI device.
@@ -153,6 +190,28 @@ impl Device {
     /// [`Error::Pci`] with what is in the way.
     pub fn open_pci(address: PciAddress) -> Result<Device, Error> {
         Device::builder().open_pci(address)
+    }
+
+    /// Opens a character device of the kernel module in the virtual machine in which this process runs, such as
+    /// `/dev/dmbridge0`; [`file::find`](crate::file::find) lists them. Takes no privileges but those of the file, any
+    /// number of processes may do so, and what each has is its own: but all are the same device to others, so a token
+    /// goes to whichever process attaches it first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] with what is in the way.
+    pub fn open_file(path: impl AsRef<Path>) -> Result<Device, Error> {
+        Device::builder().open_file(path)
+    }
+
+    /// Opens what is there: what the environment variable `DMBRIDGE_SOCKET` names, else the first character device, else
+    /// the first PCI device, else the hub of a daemon of this host, `/run/dmbridge/hub.sock`.
+    ///
+    /// # Errors
+    ///
+    /// Those of what was tried last.
+    pub fn open() -> Result<Device, Error> {
+        Device::builder().open()
     }
 
     /// To connect with other settings.

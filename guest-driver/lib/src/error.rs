@@ -35,6 +35,14 @@ pub enum Error {
         /// The reason.
         source: PciError,
     },
+    /// The character device cannot be used.
+    #[error("{path}: {source}; is the module dmbridge loaded, and is this user in the group of the file?")]
+    File {
+        /// Its file.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
     /// What listens there is not a dmbridge device, or one of another version.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -115,7 +123,9 @@ pub struct OutOfBounds {
 impl From<Error> for io::Error {
     fn from(error: Error) -> io::Error {
         let kind = match &error {
-            Error::Os { source, .. } | Error::Connect { source, .. } => source.kind(),
+            Error::Os { source, .. } | Error::Connect { source, .. } | Error::File { source, .. } => {
+                source.kind()
+            }
             Error::Closed => io::ErrorKind::BrokenPipe,
             Error::PeerGone | Error::Disconnected | Error::Protocol(_) | Error::Reset | Error::Peer(_) => {
                 io::ErrorKind::ConnectionReset

@@ -62,6 +62,11 @@ pub mod pci {
     pub use crate::transport::pci::{BadPciAddress, PciAddress, PciError, find};
 }
 
+/// The kernel module's character devices, for programs in virtual machines.
+pub mod file {
+    pub use crate::transport::chardev::find;
+}
+
 pub use device::{Builder, Device, Peer, Stats};
 pub use dmb::{Dmb, RemoteDmb};
 pub use error::{Error, OutOfBounds};

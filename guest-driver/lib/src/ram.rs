@@ -8,6 +8,7 @@ use crate::mapping::Mapping;
 use crate::proto::shm::CopyPlan;
 use crate::shared::SharedMemory;
 use crate::sync::lock;
+use crate::virtqueue::Piece;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::collections::BTreeMap;
@@ -81,6 +82,21 @@ impl Ram {
         let buffer = region.allocate(rounded, len, align).ok_or_else(no_memory)?;
         regions.push(region);
         Ok(buffer)
+    }
+
+    /// What a descriptor names, for a device in this process.
+    pub(crate) fn at(&self, piece: Piece) -> Option<SharedMemory> {
+        let len = u64::from(piece.len);
+        let region = self.regions().into_iter().find(|region| {
+            let end = region.address + region.mapping.len() as u64;
+            piece.address >= region.address && piece.address.checked_add(len).is_some_and(|to| to <= end)
+        })?;
+        let offset = (piece.address - region.address) as usize;
+        // SAFETY: the piece lies in the region's mapping, which the region keeps.
+        Some(unsafe {
+            let ptr = region.mapping.base().add(offset);
+            SharedMemory::new(ptr, piece.len as usize, CopyPlan::default(), region)
+        })
     }
 
     /// Hands all regions to `each`, in the order in which they were made.

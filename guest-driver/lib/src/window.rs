@@ -90,7 +90,9 @@ impl Window {
         if !file_offset.is_multiple_of(GRANULE) {
             return Err(Errno::EINVAL);
         }
-        let size = nix::sys::stat::fstat(file)?.st_size;
+        let stat = nix::sys::stat::fstat(file)?;
+        let is_device = stat.st_mode & libc::S_IFMT == libc::S_IFCHR;
+        let size = if is_device { i64::MAX } else { stat.st_size };
         let needed = file_offset.checked_add(len).ok_or(Errno::EINVAL)?;
         if u64::try_from(size).is_ok_and(|size| size < needed) || size < 0 {
             // Pages beyond a file's end end the process when touched.

@@ -1,7 +1,7 @@
 //! One device, in a guest or on the host, that does what it is told, line by line: the program that tests with virtual
 //! machines drive at both ends. Not for people: see the command line `dmbridge` for that.
 //!
-//! `vm-guest pci [ADDRESS]` opens a PCI device, `vm-guest hub SOCKET` connects to a daemon; with `--no-map` after it, as
+//! `vm-guest pci [ADDRESS]` opens a PCI device, `vm-guest file PATH` a character device, `vm-guest hub SOCKET` connects to a daemon; with `--no-map` after it, as
 //! a front-end that cannot map. Each line of its standard input is a command, each answer one line of JSON, `{"error": …}`
 //! if it failed. The first line says what device it is. It ends with its input.
 //!
@@ -85,8 +85,11 @@ fn open() -> Result<Driven> {
             let address = *pci::find().first().context("there is no PCI device with the right IDs")?;
             (builder.open_pci(address)?, Some(address))
         }
+        ["file", path] => (builder.open_file(path)?, None),
         ["hub", socket] => (builder.connect(socket)?, None),
-        _ => bail!("usage: vm-guest pci [ADDRESS] [--no-map] | vm-guest hub SOCKET [--no-map]"),
+        _ => bail!(
+            "usage: vm-guest pci [ADDRESS] [--no-map] | vm-guest file PATH | vm-guest hub SOCKET [--no-map]"
+        ),
     };
     Ok(Driven { device, address, dmbs: Vec::new(), senders: Vec::new() })
 }

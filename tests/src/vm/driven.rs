@@ -42,6 +42,16 @@ impl Driven {
             .unwrap_or_else(|error| panic!("VM {}: {error}\n---- console ----\n{}", vm.name(), vm.console()))
     }
 
+    /// A device of a guest, opened as these words say by a program of this user.
+    pub fn in_guest_as(vm: &Vm, user: &str, arguments: &[&str]) -> Driven {
+        let command = format!("exec vm-guest {}", arguments.join(" "));
+        Driven::started(
+            vm.name(),
+            End::Guest(vm.start_command(&["su", "-s", "/bin/sh", user, "-c", &command])),
+        )
+        .unwrap_or_else(|error| panic!("VM {}: {error}\n---- console ----\n{}", vm.name(), vm.console()))
+    }
+
     /// A device of a guest, opened as these words say, or why it could not be.
     pub fn try_in_guest(vm: &Vm, arguments: &[&str]) -> Result<Driven, String> {
         let command: Vec<&str> = ["vm-guest"].iter().chain(arguments).copied().collect();

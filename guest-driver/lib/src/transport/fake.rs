@@ -5,12 +5,11 @@ use crate::error::Error;
 use crate::proto::config::{CONFIG_SIZE, Config, MAGIC, VERSION_MAJOR};
 use crate::proto::features::Features;
 use crate::proto::ids::Gid;
-use crate::proto::shm::CopyPlan;
 use crate::proto::{EVENT_QUEUE, GRANULE, MAX_QUEUE_SIZE};
 use crate::ram::{DmaBuffer, Ram};
-use crate::shared::{SharedMemory, SharedSlice};
+use crate::shared::SharedSlice;
 use crate::sync::lock;
-use crate::virtqueue::tests::DeviceSide;
+use crate::virtqueue::device_side::DeviceSide;
 use crate::virtqueue::{Piece, Virtqueue};
 use crate::window::Window;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -111,16 +110,7 @@ impl FakeDevice {
     }
 
     fn memory<T>(&self, piece: Piece, f: impl FnOnce(SharedSlice<'_>) -> T) -> T {
-        let region = self.ram.regions().into_iter().find(|region| {
-            piece.address >= region.address()
-                && piece.address + u64::from(piece.len) <= region.address() + region.mapping().len() as u64
-        });
-        let region = region.expect("a descriptor names guest memory");
-        let (base, len) = (region.mapping().base(), region.mapping().len());
-        let offset = (piece.address - region.address()) as usize;
-        // SAFETY: it is the region's mapping, which it keeps.
-        let memory = unsafe { SharedMemory::new(base, len, CopyPlan::default(), region) };
-        f(memory.slice(offset..offset + piece.len as usize))
+        f(self.ram.at(piece).expect("a descriptor names guest memory").as_slice())
     }
 
     fn write(&self, pieces: &[Piece], mut bytes: &[u8]) {

@@ -3,6 +3,7 @@
 //! The order of use: [`offered`](Transport::offered), [`accept`](Transport::accept), then the rest;
 //! [`start`](Transport::start) once. Dropping the transport resets the device.
 
+pub(crate) mod chardev;
 #[cfg(test)]
 pub(crate) mod fake;
 pub(crate) mod pci;

@@ -1,0 +1,884 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The character device: DMBs for programs (uapi.h is the contract).
+ *
+ * A slot is a DMB that a file owns or has attached, and its place in the files'
+ * address range: a page for the control line, then the DMB. No two files share a
+ * slot, and places of different slots never overlap, whoever's they are.
+ */
+#include <linux/idr.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/poll.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <linux/uio.h>
+#include <linux/version.h>
+#include <linux/virtio_config.h>
+#include "dmbridge.h"
+#include "uapi.h"
+
+#define VERSION		1
+/* The files' address range, and the most slots in it. */
+#define RANGE		(1ULL << 43)
+#define MAX_SLOTS	8192
+/* Events of a file that wait to be read, but for signals, of which each DMB has one. */
+#define MAX_EVENTS	1024
+/* A move's data is copied by so much at a time. */
+#define BOUNCE		SZ_256K
+#define MAX_PIECES	1024
+
+struct slot {
+	struct dmbridge_file *file;
+	struct list_head list;
+	int id;
+	u64 token;
+	u64 peer;
+	u64 size;
+	/* Of the line in its page. */
+	u32 line_at;
+	/* Where the two are. */
+	unsigned long line_pfn;
+	unsigned long pfn;
+	/* One that this file owns, else it is attached. */
+	struct dmbridge_dmb *dmb;
+	u32 index;
+	/* Mapping it is over. */
+	bool ended;
+	/* In the file's list of slots whose signal is to be read. */
+	struct list_head signalled;
+};
+
+/* Who moves to a token. */
+struct claim {
+	struct hlist_node node;
+	struct dmbridge_file *file;
+	u64 token;
+};
+
+struct waiting_event {
+	struct list_head list;
+	struct dmbridge_event event;
+};
+
+struct dmbridge_file {
+	struct dmbridge_chardev *chardev;
+	struct list_head list;
+	struct address_space *mapping;
+	struct list_head slots;
+	/* Events: taken with interrupts off. */
+	spinlock_t lock;
+	struct list_head signalled;
+	struct list_head events;
+	unsigned int num_events;
+	wait_queue_head_t wait;
+	struct mutex bounce_mutex;
+	void *bounce;
+};
+
+struct dmbridge_chardev {
+	struct kref kref;
+	struct miscdevice misc;
+	char name[16];
+	int number;
+	/* Read by who uses the device; written by who takes it away. */
+	struct rw_semaphore alive;
+	struct dmbridge *dev;
+	/* There is nothing to wait for any more. */
+	bool dead;
+	/* Slots, claims, files and what hangs on them. */
+	struct mutex mutex;
+	struct idr slots;
+	struct list_head files;
+	DECLARE_HASHTABLE(claims, 8);
+	u64 stride;
+	u32 max_slots;
+};
+
+static DEFINE_IDA(numbers);
+
+static void release_chardev(struct kref *kref)
+{
+	struct dmbridge_chardev *chardev = container_of(kref, struct dmbridge_chardev, kref);
+
+	idr_destroy(&chardev->slots);
+	kfree(chardev);
+}
+
+/* --- events ----------------------------------------------------------------- */
+
+static void tell(struct dmbridge_file *file, const struct dmbridge_event *event)
+{
+	struct waiting_event *waiting = kmalloc(sizeof(*waiting), GFP_KERNEL);
+
+	if (!waiting)
+		return;
+	waiting->event = *event;
+	spin_lock_irq(&file->lock);
+	if (file->num_events < MAX_EVENTS) {
+		file->num_events++;
+		list_add_tail(&waiting->list, &file->events);
+		waiting = NULL;
+	}
+	spin_unlock_irq(&file->lock);
+	kfree(waiting);
+	wake_up_interruptible(&file->wait);
+}
+
+/* The peer has signalled a DMB of a file. In the interrupt. */
+static void signalled(struct dmbridge_dmb *dmb, u64 mask)
+{
+	struct slot *slot = dmb->owner;
+	struct dmbridge_file *file = slot->file;
+
+	spin_lock(&file->lock);
+	/* It may come before the registration's answer was looked at. */
+	slot->token = dmb->token;
+	slot->index = dmb->index;
+	slot->peer = dmb->peer;
+	if (list_empty(&slot->signalled))
+		list_add_tail(&slot->signalled, &file->signalled);
+	spin_unlock(&file->lock);
+	wake_up_interruptible(&file->wait);
+}
+
+static struct slot *find_slot(struct dmbridge_chardev *chardev, u64 token, bool owned)
+{
+	struct slot *slot;
+	int id;
+
+	idr_for_each_entry(&chardev->slots, slot, id)
+		if (slot->token == token && !slot->dmb == !owned)
+			return slot;
+	return NULL;
+}
+
+/* An event of the device that is not SMC's alone. By the device's work. */
+void dmbridge_chardev_event(struct dmbridge *dev, const struct dmbridge_event *event)
+{
+	struct dmbridge_chardev *chardev = dev->chardev;
+	u64 token = le64_to_cpu(event->token);
+	struct dmbridge_file *file;
+	struct slot *slot;
+
+	if (!chardev)
+		return;
+	mutex_lock(&chardev->mutex);
+	switch (le16_to_cpu(event->type)) {
+	case DMBRIDGE_EVENT_UNREGISTERED:
+	case DMBRIDGE_EVENT_DETACHED:
+		slot = find_slot(chardev, token,
+				 event->type == cpu_to_le16(DMBRIDGE_EVENT_DETACHED));
+		if (slot)
+			tell(slot->file, event);
+		break;
+	case DMBRIDGE_EVENT_SOFTWARE:
+		if (le32_to_cpu(event->index) < DMBRIDGE_FIRST_CODE)
+			break;
+		fallthrough;
+	case DMBRIDGE_EVENT_GONE:
+		list_for_each_entry(file, &chardev->files, list)
+			tell(file, event);
+		break;
+	}
+	mutex_unlock(&chardev->mutex);
+}
+
+static ssize_t dmbridge_read(struct file *filp, char __user *to, size_t len, loff_t *pos)
+{
+	struct dmbridge_file *file = filp->private_data;
+	struct waiting_event *waiting;
+	struct dmbridge_event event;
+	struct slot *slot;
+	ssize_t done = 0;
+	int rc;
+
+	if (len < sizeof(event))
+		return -EINVAL;
+	while (len - done >= sizeof(event)) {
+		waiting = NULL;
+		spin_lock_irq(&file->lock);
+		slot = list_first_entry_or_null(&file->signalled, struct slot, signalled);
+		if (slot) {
+			list_del_init(&slot->signalled);
+			event = (struct dmbridge_event){
+				.type = cpu_to_le16(DMBRIDGE_EVENT_SIGNAL),
+				.index = cpu_to_le32(slot->index),
+				.gid = dmbridge_gid(slot->peer),
+				.token = cpu_to_le64(slot->token),
+			};
+		} else {
+			waiting = list_first_entry_or_null(&file->events, struct waiting_event, list);
+			if (waiting) {
+				list_del(&waiting->list);
+				file->num_events--;
+				event = waiting->event;
+			}
+		}
+		spin_unlock_irq(&file->lock);
+		kfree(waiting);
+		if (!slot && !waiting) {
+			if (done)
+				break;
+			if (READ_ONCE(file->chardev->dead))
+				return -ENODEV;
+			if (filp->f_flags & O_NONBLOCK)
+				return -EAGAIN;
+			rc = wait_event_interruptible(file->wait,
+						      !list_empty_careful(&file->signalled) ||
+						      !list_empty_careful(&file->events) ||
+						      READ_ONCE(file->chardev->dead));
+			if (rc)
+				return rc;
+			continue;
+		}
+		if (copy_to_user(to + done, &event, sizeof(event)))
+			return done ?: -EFAULT;
+		done += sizeof(event);
+	}
+	return done;
+}
+
+static __poll_t dmbridge_poll(struct file *filp, struct poll_table_struct *table)
+{
+	struct dmbridge_file *file = filp->private_data;
+	__poll_t mask = 0;
+
+	poll_wait(filp, &file->wait, table);
+	if (!list_empty_careful(&file->signalled) || !list_empty_careful(&file->events))
+		mask |= EPOLLIN | EPOLLRDNORM;
+	if (READ_ONCE(file->chardev->dead))
+		mask |= EPOLLHUP | EPOLLERR;
+	return mask;
+}
+
+/* --- slots ------------------------------------------------------------------ */
+
+static u64 place_of(const struct slot *slot)
+{
+	return slot->id * slot->file->chardev->stride;
+}
+
+/* Under the mutex. */
+static int add_slot(struct dmbridge_file *file, struct slot *slot)
+{
+	struct dmbridge_chardev *chardev = file->chardev;
+	int id = idr_alloc_cyclic(&chardev->slots, slot, 0, chardev->max_slots, GFP_KERNEL);
+
+	if (id < 0)
+		return -ENOSPC;
+	slot->id = id;
+	slot->file = file;
+	list_add_tail(&slot->list, &file->slots);
+	return 0;
+}
+
+/* Nobody can reach it any more by a mapping. Under the mutex. */
+static void end_mapping(struct slot *slot)
+{
+	slot->ended = true;
+	unmap_mapping_range(slot->file->mapping, place_of(slot), slot->size + PAGE_SIZE, 1);
+}
+
+/* Under the mutex, which is let go for a while. */
+static void end_slot(struct dmbridge *dev, struct slot *slot)
+{
+	struct dmbridge_file *file = slot->file;
+	__le64 token = cpu_to_le64(slot->token);
+
+	end_mapping(slot);
+	list_del(&slot->list);
+	idr_remove(&file->chardev->slots, slot->id);
+	if (slot->dmb)
+		dmbridge_unregister(slot->dmb);
+	else
+		dmbridge_command(dev, DMBRIDGE_DETACH, &token, sizeof(token), NULL, 0);
+	spin_lock_irq(&file->lock);
+	list_del_init(&slot->signalled);
+	spin_unlock_irq(&file->lock);
+	kfree(slot);
+}
+
+static struct slot *new_slot(void)
+{
+	struct slot *slot = kzalloc(sizeof(*slot), GFP_KERNEL_ACCOUNT);
+
+	if (slot) {
+		INIT_LIST_HEAD(&slot->list);
+		INIT_LIST_HEAD(&slot->signalled);
+	}
+	return slot;
+}
+
+static vm_fault_t dmbridge_fault(struct vm_fault *vmf)
+{
+	struct dmbridge_file *file = vmf->vma->vm_file->private_data;
+	struct dmbridge_chardev *chardev = file->chardev;
+	unsigned long at = vmf->pgoff % (chardev->stride >> PAGE_SHIFT);
+	vm_fault_t result = VM_FAULT_SIGBUS;
+	struct slot *slot;
+
+	mutex_lock(&chardev->mutex);
+	slot = idr_find(&chardev->slots, vmf->pgoff / (chardev->stride >> PAGE_SHIFT));
+	if (slot && slot->file == file && !slot->ended && at <= slot->size >> PAGE_SHIFT)
+		result = vmf_insert_pfn(vmf->vma, vmf->address,
+					at ? slot->pfn + at - 1 : slot->line_pfn);
+	mutex_unlock(&chardev->mutex);
+	return result;
+}
+
+static const struct vm_operations_struct vm_ops = {
+	.fault = dmbridge_fault,
+};
+
+static int dmbridge_mmap(struct file *filp, struct vm_area_struct *vma)
+{
+	struct dmbridge_file *file = filp->private_data;
+	struct dmbridge_chardev *chardev = file->chardev;
+	u64 stride = chardev->stride, start = (u64)vma->vm_pgoff << PAGE_SHIFT;
+	u64 len = vma->vm_end - vma->vm_start;
+	struct slot *slot;
+	int rc = -EINVAL;
+
+	if (!(vma->vm_flags & VM_SHARED) || (vma->vm_flags & VM_EXEC))
+		return -EINVAL;
+	mutex_lock(&chardev->mutex);
+	slot = idr_find(&chardev->slots, start / stride);
+	if (slot && slot->file == file && !slot->ended && start % stride == 0 &&
+	    len <= slot->size + PAGE_SIZE) {
+		/* The window is memory, and mapped write-back in the kernel too. */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
+		vm_flags_mod(vma, VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP, VM_MAYEXEC);
+#else
+		vma->vm_flags |= VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP;
+		vma->vm_flags &= ~VM_MAYEXEC;
+#endif
+		vma->vm_ops = &vm_ops;
+		rc = 0;
+	}
+	mutex_unlock(&chardev->mutex);
+	return rc;
+}
+
+/* --- commands --------------------------------------------------------------- */
+
+static int do_register(struct dmbridge_file *file, struct dmbridge *dev,
+		       const struct dmbridge_register *request,
+		       struct dmbridge_register_reply *reply)
+{
+	u64 size = le64_to_cpu(request->size), peer = dmbridge_gid_id(&request->rgid);
+	struct dmbridge_dmb *dmb;
+	struct slot *slot;
+	int rc;
+
+	if ((le32_to_cpu(request->flags) & ~DMBRIDGE_REGISTER_PRIVATE_LINE) || !size ||
+	    !IS_ALIGNED(size, SZ_4K) || request->num_segments || request->line_addr)
+		return -EINVAL;
+	if (size > dev->limits.max_dmb_size)
+		return -E2BIG;
+	slot = new_slot();
+	if (!slot)
+		return -ENOMEM;
+	mutex_lock(&file->chardev->mutex);
+	rc = add_slot(file, slot);
+	/* Until it is filled, it cannot be mapped, and has no name. */
+	slot->ended = true;
+	mutex_unlock(&file->chardev->mutex);
+	if (rc) {
+		kfree(slot);
+		return rc;
+	}
+	dmb = dmbridge_register_for(dev, peer, size, signalled, slot);
+	mutex_lock(&file->chardev->mutex);
+	if (IS_ERR(dmb)) {
+		rc = PTR_ERR(dmb);
+		list_del(&slot->list);
+		idr_remove(&file->chardev->slots, slot->id);
+		mutex_unlock(&file->chardev->mutex);
+		kfree(slot);
+		return rc;
+	}
+	slot->dmb = dmb;
+	slot->token = dmb->token;
+	slot->peer = peer;
+	slot->size = dmb->size;
+	if (dmb->ram) {
+		slot->pfn = virt_to_phys(dmb->memory) >> PAGE_SHIFT;
+		slot->line_pfn = virt_to_phys(dmb->line) >> PAGE_SHIFT;
+	} else {
+		slot->pfn = (dev->window_phys + dmb->offset) >> PAGE_SHIFT;
+		slot->line_pfn = (dev->window_phys + dmb->line_offset) >> PAGE_SHIFT;
+		slot->line_at = offset_in_page(dmb->line_offset);
+	}
+	slot->ended = false;
+	*reply = (struct dmbridge_register_reply){
+		.token = cpu_to_le64(slot->token),
+		.offset = cpu_to_le64(place_of(slot) + PAGE_SIZE),
+		.line_offset = cpu_to_le64(place_of(slot) + slot->line_at),
+		.size = cpu_to_le64(slot->size),
+		.index = cpu_to_le32(dmb->index),
+		.flags = cpu_to_le32(dmb->flags & ~DMBRIDGE_PAIR_FUTEX),
+	};
+	mutex_unlock(&file->chardev->mutex);
+	return 0;
+}
+
+static int do_attach(struct dmbridge_file *file, struct dmbridge *dev, u64 token,
+		     struct dmbridge_attach_reply *reply)
+{
+	__le64 le_token = cpu_to_le64(token);
+	u64 offset, line_offset, size;
+	struct slot *slot;
+	int rc;
+
+	if (dmbridge_remote_is_known(dev, token))
+		return -EALREADY;
+	slot = new_slot();
+	if (!slot)
+		return -ENOMEM;
+	rc = dmbridge_command(dev, DMBRIDGE_ATTACH, &le_token, sizeof(le_token), reply, sizeof(*reply));
+	if (rc) {
+		kfree(slot);
+		return rc;
+	}
+	offset = le64_to_cpu(reply->offset);
+	line_offset = le64_to_cpu(reply->line_offset);
+	size = le64_to_cpu(reply->size);
+	if (!dmbridge_in_window(dev, offset, size, line_offset)) {
+		dmbridge_break(dev, "it attached a DMB where none can be");
+		rc = -EIO;
+	} else if (!(le32_to_cpu(reply->flags) & DMBRIDGE_PAIR_PRIVATE_LINE) ||
+		   size > file->chardev->stride - PAGE_SIZE) {
+		rc = -EOPNOTSUPP;
+	}
+	slot->token = token;
+	slot->peer = dmbridge_gid_id(&reply->gid);
+	slot->size = size;
+	slot->pfn = (dev->window_phys + offset) >> PAGE_SHIFT;
+	slot->line_pfn = (dev->window_phys + line_offset) >> PAGE_SHIFT;
+	slot->line_at = offset_in_page(line_offset);
+	mutex_lock(&file->chardev->mutex);
+	rc = rc ?: add_slot(file, slot);
+	if (!rc) {
+		reply->offset = cpu_to_le64(place_of(slot) + PAGE_SIZE);
+		reply->line_offset = cpu_to_le64(place_of(slot) + slot->line_at);
+		reply->flags &= ~cpu_to_le32(DMBRIDGE_PAIR_FUTEX);
+	}
+	mutex_unlock(&file->chardev->mutex);
+	if (rc) {
+		dmbridge_command(dev, DMBRIDGE_DETACH, &le_token, sizeof(le_token), NULL, 0);
+		kfree(slot);
+	}
+	return rc;
+}
+
+static int do_end(struct dmbridge_file *file, struct dmbridge *dev, u64 token, bool owned)
+{
+	struct slot *slot;
+
+	mutex_lock(&file->chardev->mutex);
+	slot = find_slot(file->chardev, token, owned);
+	if (!slot || slot->file != file || slot->ended)
+		slot = NULL;
+	if (slot)
+		end_slot(dev, slot);
+	mutex_unlock(&file->chardev->mutex);
+	return slot ? 0 : -ENOENT;
+}
+
+static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void __user *arg)
+{
+	union {
+		struct dmbridge_command header;
+		u8 bytes[sizeof(struct dmbridge_command) + sizeof(struct dmbridge_register)];
+	} command = {};
+	union {
+		struct dmbridge_answer header;
+		u8 bytes[sizeof(struct dmbridge_answer) + sizeof(struct dmbridge_attach_reply)];
+	} answer = {};
+	struct dmbridge_signal_event *event;
+	struct dmbridge_request request;
+	size_t needs, gives = 0;
+	void *body, *reply;
+	u64 token;
+	u16 what;
+	int rc;
+
+	if (copy_from_user(&request, arg, sizeof(request)))
+		return -EFAULT;
+	if (request.command_len < sizeof(command.header) || request.answer_len < sizeof(answer.header))
+		return -EINVAL;
+	request.command_len = min_t(u32, request.command_len, sizeof(command.bytes));
+	if (copy_from_user(command.bytes, u64_to_user_ptr(request.command), request.command_len))
+		return -EFAULT;
+	what = command.header.class << 8 | command.header.command;
+	switch (what) {
+	case DMBRIDGE_QUERY_GID:
+		needs = sizeof(struct dmbridge_gid);
+		gives = sizeof(struct dmbridge_query_reply);
+		break;
+	case DMBRIDGE_REGISTER:
+		needs = sizeof(struct dmbridge_register);
+		gives = sizeof(struct dmbridge_register_reply);
+		break;
+	case DMBRIDGE_ATTACH:
+		needs = sizeof(token);
+		gives = sizeof(struct dmbridge_attach_reply);
+		break;
+	case DMBRIDGE_UNREGISTER:
+	case DMBRIDGE_DETACH:
+		needs = sizeof(token);
+		break;
+	case DMBRIDGE_SIGNAL_EVENT:
+		needs = sizeof(*event);
+		break;
+	default:
+		rc = -EOPNOTSUPP;
+		goto out;
+	}
+	rc = -EINVAL;
+	if (request.command_len < sizeof(command.header) + needs ||
+	    request.answer_len < sizeof(answer.header) + gives)
+		goto out;
+	body = command.header.body;
+	reply = answer.header.reply;
+	token = le64_to_cpu(*(__le64 *)body);
+	switch (what) {
+	case DMBRIDGE_REGISTER:
+		rc = do_register(file, dev, body, reply);
+		break;
+	case DMBRIDGE_ATTACH:
+		rc = do_attach(file, dev, token, reply);
+		break;
+	case DMBRIDGE_UNREGISTER:
+	case DMBRIDGE_DETACH:
+		rc = do_end(file, dev, token, what == DMBRIDGE_UNREGISTER);
+		break;
+	case DMBRIDGE_SIGNAL_EVENT:
+		event = body;
+		if (le32_to_cpu(event->code) < DMBRIDGE_FIRST_CODE)
+			break;
+		fallthrough;
+	default:
+		rc = dmbridge_command(dev, what, body, needs, reply, gives);
+	}
+out:
+	if (dmbridge_is_broken(dev))
+		return -ENODEV;
+	answer.header.status = -rc;
+	gives = sizeof(answer.header) + (rc ? 0 : gives);
+	if (rc)
+		memset(answer.header.reply, 0, sizeof(answer.bytes) - sizeof(answer.header));
+	if (copy_to_user(u64_to_user_ptr(request.answer), answer.bytes, gives))
+		return -EFAULT;
+	return gives;
+}
+
+/* --- moves ------------------------------------------------------------------ */
+
+/* Makes the token this file's to move to, if it is nobody's. */
+static int claim(struct dmbridge_file *file, struct dmbridge *dev, u64 token)
+{
+	struct dmbridge_chardev *chardev = file->chardev;
+	struct claim *claim;
+	struct slot *slot;
+	int rc = 0;
+
+	if (dmbridge_remote_is_known(dev, token))
+		return -EBUSY;
+	mutex_lock(&chardev->mutex);
+	slot = find_slot(chardev, token, false);
+	if (slot) {
+		rc = slot->file == file ? 0 : -EBUSY;
+		goto out;
+	}
+	hash_for_each_possible(chardev->claims, claim, node, token) {
+		if (claim->token == token) {
+			rc = claim->file == file ? 0 : -EBUSY;
+			goto out;
+		}
+	}
+	claim = kmalloc(sizeof(*claim), GFP_KERNEL_ACCOUNT);
+	if (claim) {
+		claim->file = file;
+		claim->token = token;
+		hash_add(chardev->claims, &claim->node, token);
+	} else {
+		rc = -ENOMEM;
+	}
+out:
+	mutex_unlock(&chardev->mutex);
+	return rc;
+}
+
+/* Ends this file's claims: to one token, or to all. */
+static void disclaim(struct dmbridge_file *file, const u64 *token)
+{
+	struct dmbridge_chardev *chardev = file->chardev;
+	struct hlist_node *next;
+	struct claim *claim;
+	int bucket;
+
+	mutex_lock(&chardev->mutex);
+	hash_for_each_safe(chardev->claims, bucket, next, claim, node) {
+		if (claim->file == file && (!token || claim->token == *token)) {
+			hash_del(&claim->node);
+			kfree(claim);
+		}
+	}
+	mutex_unlock(&chardev->mutex);
+}
+
+static long ioctl_move(struct dmbridge_file *file, struct dmbridge *dev, void __user *arg)
+{
+	struct iovec small[UIO_FASTIOV], *pieces = small;
+	struct dmbridge_move_header *header;
+	struct dmbridge_move move;
+	struct iov_iter data;
+	u64 token, offset, mask;
+	size_t left, part;
+	u32 flags;
+	long rc;
+
+	if (copy_from_user(&move, arg, sizeof(move)))
+		return -EFAULT;
+	header = (void *)move.header;
+	token = le64_to_cpu(header->token);
+	offset = le64_to_cpu(header->offset);
+	mask = le64_to_cpu(header->mask);
+	flags = le32_to_cpu(header->flags);
+	if (flags & ~(DMBRIDGE_MOVE_SIGNAL | DMBRIDGE_MOVE_RING))
+		return -EINVAL;
+	if (move.num_pieces > MAX_PIECES)
+		return -E2BIG;
+	rc = claim(file, dev, token);
+	if (rc)
+		return rc;
+	if (flags == DMBRIDGE_MOVE_RING && !move.num_pieces)
+		return dmbridge_ring(dev, token);
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
+	rc = import_iovec(ITER_SOURCE, u64_to_user_ptr(move.pieces), move.num_pieces,
+			  ARRAY_SIZE(small), &pieces, &data);
+#else
+	rc = import_iovec(WRITE, u64_to_user_ptr(move.pieces), move.num_pieces,
+			  ARRAY_SIZE(small), &pieces, &data);
+#endif
+	if (rc < 0)
+		return rc;
+	left = rc;
+	mutex_lock(&file->bounce_mutex);
+	if (!file->bounce && left)
+		file->bounce = alloc_pages_exact(BOUNCE, GFP_KERNEL_ACCOUNT);
+	rc = file->bounce || !left ? 0 : -ENOMEM;
+	while (!rc) {
+		part = min3(left, (size_t)BOUNCE, (size_t)dev->limits.max_move_size);
+		if (part && !copy_from_iter_full(file->bounce, part, &data)) {
+			rc = -EFAULT;
+			break;
+		}
+		left -= part;
+		rc = dmbridge_move_and_wait(dev, token, offset, file->bounce, part,
+					    left ? 0 : flags, left ? 0 : mask);
+		offset += part;
+		if (!left)
+			break;
+		cond_resched();
+	}
+	mutex_unlock(&file->bounce_mutex);
+	kfree(pieces);
+	if (rc == -ENOENT)
+		disclaim(file, &token);
+	return rc;
+}
+
+/* --- the file --------------------------------------------------------------- */
+
+static long ioctl_info(struct dmbridge_file *file, struct dmbridge *dev, void __user *arg)
+{
+	struct dmbridge_info info = {
+		.version = VERSION,
+		.max_slots = file->chardev->max_slots,
+		.features = BIT_ULL(DMBRIDGE_F_MAP) | BIT_ULL(VIRTIO_F_VERSION_1),
+	};
+	struct dmbridge_config *config = (void *)info.config;
+
+	BUILD_BUG_ON(sizeof(*config) > sizeof(info.config));
+	virtio_cread_bytes(dev->vdev, 0, config, sizeof(*config));
+	config->window_size = cpu_to_le64(file->chardev->stride * file->chardev->max_slots);
+	config->max_dmb_size = cpu_to_le64(dev->limits.max_dmb_size);
+	return copy_to_user(arg, &info, sizeof(info)) ? -EFAULT : 0;
+}
+
+static long dmbridge_ioctl(struct file *filp, unsigned int what, unsigned long arg)
+{
+	struct dmbridge_file *file = filp->private_data;
+	struct dmbridge *dev;
+	long rc = -ENODEV;
+
+	down_read(&file->chardev->alive);
+	dev = file->chardev->dev;
+	if (dev && !dmbridge_is_broken(dev)) {
+		switch (what) {
+		case DMBRIDGE_INFO:
+			rc = ioctl_info(file, dev, (void __user *)arg);
+			break;
+		case DMBRIDGE_COMMAND:
+			rc = ioctl_command(file, dev, (void __user *)arg);
+			break;
+		case DMBRIDGE_MOVE:
+			rc = ioctl_move(file, dev, (void __user *)arg);
+			break;
+		default:
+			rc = -ENOTTY;
+		}
+	}
+	up_read(&file->chardev->alive);
+	return rc;
+}
+
+static int dmbridge_open(struct inode *inode, struct file *filp)
+{
+	struct dmbridge_chardev *chardev =
+		container_of(filp->private_data, struct dmbridge_chardev, misc);
+	struct dmbridge_file *file = kzalloc(sizeof(*file), GFP_KERNEL_ACCOUNT);
+
+	if (!file)
+		return -ENOMEM;
+	file->chardev = chardev;
+	file->mapping = filp->f_mapping;
+	INIT_LIST_HEAD(&file->slots);
+	INIT_LIST_HEAD(&file->signalled);
+	INIT_LIST_HEAD(&file->events);
+	spin_lock_init(&file->lock);
+	mutex_init(&file->bounce_mutex);
+	init_waitqueue_head(&file->wait);
+	kref_get(&chardev->kref);
+	mutex_lock(&chardev->mutex);
+	list_add_tail(&file->list, &chardev->files);
+	mutex_unlock(&chardev->mutex);
+	filp->private_data = file;
+	return nonseekable_open(inode, filp);
+}
+
+/* Ends all that a file has. */
+static void end_file(struct dmbridge_file *file, struct dmbridge *dev)
+{
+	struct slot *slot, *next;
+
+	mutex_lock(&file->chardev->mutex);
+	list_for_each_entry_safe(slot, next, &file->slots, list)
+		end_slot(dev, slot);
+	mutex_unlock(&file->chardev->mutex);
+	disclaim(file, NULL);
+}
+
+static int dmbridge_release(struct inode *inode, struct file *filp)
+{
+	struct dmbridge_file *file = filp->private_data;
+	struct dmbridge_chardev *chardev = file->chardev;
+	struct waiting_event *waiting, *next;
+
+	down_read(&chardev->alive);
+	/* Without a device, all was ended when it went. */
+	if (chardev->dev)
+		end_file(file, chardev->dev);
+	mutex_lock(&chardev->mutex);
+	list_del(&file->list);
+	mutex_unlock(&chardev->mutex);
+	up_read(&chardev->alive);
+	list_for_each_entry_safe(waiting, next, &file->events, list)
+		kfree(waiting);
+	if (file->bounce)
+		free_pages_exact(file->bounce, BOUNCE);
+	kfree(file);
+	kref_put(&chardev->kref, release_chardev);
+	return 0;
+}
+
+static const struct file_operations fops = {
+	.owner = THIS_MODULE,
+	.open = dmbridge_open,
+	.release = dmbridge_release,
+	.read = dmbridge_read,
+	.poll = dmbridge_poll,
+	.mmap = dmbridge_mmap,
+	.unlocked_ioctl = dmbridge_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
+};
+
+int dmbridge_chardev_add(struct dmbridge *dev)
+{
+	struct dmbridge_chardev *chardev = kzalloc(sizeof(*chardev), GFP_KERNEL);
+	int rc;
+
+	if (!chardev)
+		return -ENOMEM;
+	kref_init(&chardev->kref);
+	init_rwsem(&chardev->alive);
+	mutex_init(&chardev->mutex);
+	idr_init(&chardev->slots);
+	INIT_LIST_HEAD(&chardev->files);
+	hash_init(chardev->claims);
+	chardev->dev = dev;
+	chardev->stride = roundup_pow_of_two(dev->limits.max_dmb_size + PAGE_SIZE);
+	chardev->max_slots = min_t(u64, RANGE / chardev->stride, MAX_SLOTS);
+	chardev->number = ida_alloc(&numbers, GFP_KERNEL);
+	if (chardev->number < 0) {
+		rc = chardev->number;
+		goto fail;
+	}
+	snprintf(chardev->name, sizeof(chardev->name), "dmbridge%d", chardev->number);
+	chardev->misc.minor = MISC_DYNAMIC_MINOR;
+	chardev->misc.name = chardev->name;
+	chardev->misc.fops = &fops;
+	chardev->misc.parent = &dev->vdev->dev;
+	chardev->misc.mode = 0600;
+	dev->chardev = chardev;
+	rc = misc_register(&chardev->misc);
+	if (!rc)
+		return 0;
+	dev->chardev = NULL;
+	ida_free(&numbers, chardev->number);
+fail:
+	kref_put(&chardev->kref, release_chardev);
+	return rc;
+}
+
+void dmbridge_chardev_remove(struct dmbridge *dev)
+{
+	struct dmbridge_chardev *chardev = dev->chardev;
+	struct dmbridge_file *file;
+
+	if (!chardev)
+		return;
+	misc_deregister(&chardev->misc);
+	down_write(&chardev->alive);
+	list_for_each_entry(file, &chardev->files, list)
+		end_file(file, dev);
+	chardev->dev = NULL;
+	WRITE_ONCE(chardev->dead, true);
+	list_for_each_entry(file, &chardev->files, list)
+		wake_up_interruptible(&file->wait);
+	up_write(&chardev->alive);
+	/* Its work may still tell of events. */
+	drain_workqueue(dev->wq);
+	dev->chardev = NULL;
+	ida_free(&numbers, chardev->number);
+	kref_put(&chardev->kref, release_chardev);
+}
+
+/* The device is not used any more. */
+void dmbridge_chardev_broken(struct dmbridge *dev)
+{
+	struct dmbridge_chardev *chardev = dev->chardev;
+	struct dmbridge_file *file;
+
+	if (!chardev)
+		return;
+	WRITE_ONCE(chardev->dead, true);
+	mutex_lock(&chardev->mutex);
+	list_for_each_entry(file, &chardev->files, list)
+		wake_up_interruptible(&file->wait);
+	mutex_unlock(&chardev->mutex);
+}

@@ -1,0 +1,178 @@
+//! The kernel module's character device: unprivileged programs of guests have DMBs of their own, by the library.
+
+use dmbridge_tests::daemon::TestDaemon;
+use dmbridge_tests::deadline::until;
+use dmbridge_tests::vm::kernel::{MODULE, assert_kernel_is_content, module};
+use dmbridge_tests::vm::shared::{Lent, Shared};
+use dmbridge_tests::vm::{Driven, Vm, VmOptions};
+use std::fs;
+
+const FILE: &str = "/dev/dmbridge0";
+const CONFIGURATION: &str = r#"
+[[device]]
+name = "a"
+socket = "@/a.sock"
+[[device]]
+name = "b"
+socket = "@/b.sock"
+[hub]
+socket = "@/hub.sock"
+[[hub.rule]]
+group = "default"
+"#;
+
+struct Setup {
+    daemon: TestDaemon,
+    a: Vm,
+    b: Vm,
+}
+
+fn setup() -> Lent<'static, Setup> {
+    static SETUP: Shared<Setup> = Shared::new();
+    SETUP.take(|| {
+        let daemon = TestDaemon::start_with(&[], CONFIGURATION);
+        let [a, b] =
+            ["a", "b"].map(|name| VmOptions::new(name).device(&daemon.path(&format!("{name}.sock"))).start());
+        for vm in [&a, &b] {
+            vm.wait_until_booted();
+            vm.push(&fs::read(module()).expect("the module was built"), MODULE);
+            // What the udev rule does for a group is done for all here.
+            vm.shell(&format!("modprobe smc; insmod {MODULE}; chmod 666 {FILE}"));
+        }
+        Setup { daemon, a, b }
+    })
+}
+
+/// A program of a user without privileges.
+fn program(vm: &Vm) -> Driven {
+    Driven::in_guest_as(vm, "nobody", &["file", FILE])
+}
+
+fn moved(setup: &Setup) -> u64 {
+    setup.daemon.report().devices.iter().map(|device| device.moved_bytes).sum()
+}
+
+fn dmbs(setup: &Setup) -> u64 {
+    setup
+        .daemon
+        .report()
+        .devices
+        .iter()
+        .map(|device| u64::from(device.dmbs) + u64::from(device.attached))
+        .sum()
+}
+
+/// Sends both ways at once.
+fn exchange(a: &mut Driven, b: &mut Driven, how: &str, bytes: u64) {
+    let (a_dmb, a_token) = a.register(b, 1 << 20);
+    let (b_dmb, b_token) = b.register(a, 1 << 20);
+    let (a_sender, b_sender) = (a.sender(how, &b_token), b.sender(how, &a_token));
+    a.begin(&format!("exchange {a_dmb} {a_sender} {bytes} 1"));
+    b.begin(&format!("exchange {b_dmb} {b_sender} {bytes} 2"));
+    let (of_a, of_b) = (a.answer(), b.answer());
+    println!("{bytes} bytes each way by {how} in {} s", of_a["seconds"]);
+    assert_eq!(of_a["sent"], of_b["received"]);
+    assert_eq!(of_b["sent"], of_a["received"]);
+}
+
+#[test]
+fn programs_of_two_guests_exchange_by_map_and_by_moves() {
+    let setup = setup();
+    let (mut a, mut b) = (program(&setup.a), program(&setup.b));
+    let before = moved(&setup);
+    exchange(&mut a, &mut b, "attach", 64 << 20);
+    assert_eq!(moved(&setup), before);
+    exchange(&mut a, &mut b, "move", 8 << 20);
+    assert!(moved(&setup) - before >= 16 << 20);
+    assert_kernel_is_content(&setup.a);
+}
+
+#[test]
+fn a_program_that_sleeps_is_woken() {
+    let setup = setup();
+    let (mut a, mut b) = (program(&setup.a), program(&setup.b));
+    for how in ["attach", "move"] {
+        let (dmb, token) = a.register(&b, 4096);
+        let sender = b.sender(how, &token);
+        for round in 0..3 {
+            a.begin(&format!("wait {dmb}"));
+            b.ask(&format!("write {sender} 100 round {round}"));
+            b.ask(&format!("signal {sender} {}", 1u64 << round));
+            assert_eq!(a.answer()["bits"], 1u64 << round);
+            assert_eq!(a.ask(&format!("read {dmb} 100 7"))["text"], format!("round {round}"));
+        }
+    }
+}
+
+#[test]
+fn what_is_one_programs_is_not_anothers() {
+    let setup = setup();
+    let (mut a, mut b, mut thief) = (program(&setup.a), program(&setup.b), program(&setup.b));
+    let (_, token) = a.register(&b, 4096);
+    let (_, moved_token) = a.register(&b, 4096);
+    b.sender("attach", &token);
+    b.sender("move", &moved_token);
+    assert!(thief.refused(&format!("attach {token}")).contains("Already"));
+    assert!(thief.refused(&format!("move {token}")).contains("NoEntry"));
+    assert!(thief.refused(&format!("move {moved_token}")).contains("NoEntry"));
+    let mut neighbour = program(&setup.a);
+    assert!(neighbour.refused(&format!("attach {token}")).contains("NoEntry"));
+}
+
+#[test]
+fn a_program_that_is_killed_leaves_nothing_and_others_go_on() {
+    let setup = setup();
+    let (mut a, mut b) = (program(&setup.a), program(&setup.b));
+    let before = dmbs(&setup);
+    let (mut victim, mut other) = (program(&setup.a), program(&setup.b));
+    let (dmb, token) = victim.register(&other, 1 << 20);
+    let (other_dmb, other_token) = other.register(&victim, 1 << 20);
+    let (sender, other_sender) = (victim.sender("attach", &other_token), other.sender("attach", &token));
+    victim.begin(&format!("exchange {dmb} {sender} {} 1", 1u64 << 40));
+    other.begin(&format!("exchange {other_dmb} {other_sender} {} 2", 1u64 << 40));
+    exchange(&mut a, &mut b, "attach", 16 << 20);
+    victim.kill();
+    exchange(&mut a, &mut b, "attach", 16 << 20);
+    other.kill();
+    a.kill();
+    b.kill();
+    until("the daemon has no DMB of theirs", || (dmbs(&setup) <= before).then_some(()));
+    assert_kernel_is_content(&setup.a);
+    assert_kernel_is_content(&setup.b);
+}
+
+#[test]
+fn a_program_of_the_host_and_one_of_a_guest_meet() {
+    let setup = setup();
+    let (mut guest, mut host) = (program(&setup.a), Driven::on_host(&setup.daemon.hub(), true));
+    // Large DMBs have a control line of their own, so that they can be attached, if the window has room.
+    exchange(&mut guest, &mut host, "open", 16 << 20);
+    let (_, token) = host.register(&guest, 4096);
+    assert!(guest.refused(&format!("attach {token}")).contains("NotSupported"));
+    let sender = guest.sender("open", &token);
+    guest.ask(&format!("write {sender} 0 by a move"));
+}
+
+#[test]
+fn a_device_that_is_taken_away_ends_its_programs_connections() {
+    let setup = setup();
+    let (mut a, mut b) = (program(&setup.a), program(&setup.b));
+    let (a_dmb, a_token) = a.register(&b, 1 << 20);
+    let (b_dmb, b_token) = b.register(&a, 1 << 20);
+    let (a_sender, b_sender) = (a.sender("attach", &b_token), b.sender("attach", &a_token));
+    a.begin(&format!("exchange {a_dmb} {a_sender} {} 1", 1u64 << 40));
+    b.begin(&format!("exchange {b_dmb} {b_sender} {} 2", 1u64 << 40));
+    assert!(!setup.a.run(&["rmmod", "dmbridge"]).status.success(), "it is in use");
+    let name = setup.a.shell("ls -d /sys/bus/virtio/drivers/dmbridge/virtio* | sed s,.*/,,");
+    setup.a.shell(&format!("echo {} >/sys/bus/virtio/drivers/dmbridge/unbind", name.trim()));
+    let error = a.try_answer().unwrap_err();
+    assert!(error.contains("lost"), "{error}");
+    let error = b.try_answer().unwrap_err();
+    assert!(error.contains("gone"), "{error}");
+    a.kill();
+    setup.a.shell(&format!("echo {} >/sys/bus/virtio/drivers/dmbridge/bind; chmod 666 {FILE}", name.trim()));
+    b.kill();
+    let (mut a, mut b) = (program(&setup.a), program(&setup.b));
+    exchange(&mut a, &mut b, "attach", 1 << 20);
+    assert_kernel_is_content(&setup.a);
+}
