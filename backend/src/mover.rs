@@ -983,25 +983,29 @@ mod tests {
 
     #[test]
     fn memory_that_vanishes_expels_its_own_device_and_no_other() {
-        let mut world = World::new();
-        let data = world.sender.take(2 << 20);
-        world.sender.file.set_len(data - BASE).unwrap();
-        let dmb = world.pool_dmb.clone();
-        assert_eq!(world.move_into(to(&dmb, 0), &[(data, 4096)]), Ok(()));
-        assert!(world.pool_bytes().iter().all(|b| *b == 0));
-        let mut expelled = Vec::new();
-        while let Some(doorbell::Message::Expel(id, _)) = world.inbox.take() {
-            expelled.push(id);
-        }
-        assert_eq!(expelled, [SessionId(1)]);
+        for ((name, source), (_, owner)) in all_engines().into_iter().zip(all_engines()) {
+            let mut world = World::with(source);
+            let data = world.sender.take(2 << 20);
+            world.sender.file.set_len(data - BASE).unwrap();
+            let dmb = world.pool_dmb.clone();
+            assert_eq!(world.move_into(to(&dmb, 0), &[(data, 16 << 10)]), Ok(()), "{name}");
+            assert!(world.pool_bytes().iter().all(|b| *b == 0), "{name}");
+            let mut expelled = Vec::new();
+            while let Some(doorbell::Message::Expel(id, _)) = world.inbox.take() {
+                expelled.push(id);
+            }
+            assert_eq!(expelled, [SessionId(1)], "{name}");
 
-        let mut world = World::new();
-        let data = world.sender.put(&[0xff; 4096]);
-        world.owner.file.set_len(4096).unwrap();
-        let dmb = world.ram_dmb.clone();
-        assert_eq!(world.move_into(to(&dmb, 0), &[(data, 4096)]), Ok(()));
-        let Some(doorbell::Message::Expel(id, _)) = world.inbox.take() else { panic!("nobody is expelled") };
-        assert_eq!(id, SessionId(2));
+            let mut world = World::with(owner);
+            let data = world.sender.put(&[0xff; 16 << 10]);
+            world.owner.file.set_len(4096).unwrap();
+            let dmb = world.ram_dmb.clone();
+            assert_eq!(world.move_into(to(&dmb, 0), &[(data, 16 << 10)]), Ok(()), "{name}");
+            let Some(doorbell::Message::Expel(id, _)) = world.inbox.take() else {
+                panic!("{name}: nobody is expelled")
+            };
+            assert_eq!(id, SessionId(2), "{name}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub fn write(run: &Run, file: &Path) -> Result<()> {
 }
 
 /// What a case is called, and what is measured in it.
-const CASES: [(Case, &str, &str); 8] = [
+const CASES: [(Case, &str, &str); 12] = [
     (
         Case::Latency14,
         "Latency, both polling",
@@ -57,6 +57,19 @@ const CASES: [(Case, &str, &str); 8] = [
         "Several under way, into memory of the receiver (sockets and pipes: to where it has read them). More is better.",
     ),
     (Case::Move64, "Transfers of 64 bytes", "As before, small. More is better."),
+    (Case::Move64k, "Transfers of 64 KiB", "As before. More is better."),
+    (
+        Case::Move16m,
+        "Transfers of 16 MiB",
+        "As before, and longer than what is copied at once. More is better.",
+    ),
+    (
+        Case::CmaLarge1m,
+        "Messages of 1 MiB",
+        "From the sender's own buffers into the receiver's own: by two copies through shared memory, or directly by one, of which \
+         both processes do a share. More is better.",
+    ),
+    (Case::CmaLarge16m, "Messages of 16 MiB", "As before. More is better."),
 ];
 
 fn page(run: &Run) -> Result<String> {

@@ -1,0 +1,79 @@
+//! The engines of the real daemon: every one copies right, for devices that come and go, and the daemon tells what it used.
+
+use dmbridge_proto::control::Segment;
+use dmbridge_proto::moves::{MoveFlags, MoveHeader};
+use dmbridge_tests::daemon::TestDaemon;
+use dmbridge_tests::frontend::{Options, RawFrontend};
+use dmbridge_tests::pair::Pair;
+use dmbridge_tests::ring::Descriptor;
+use dmbridged::report::EnginesReport;
+
+fn engines(daemon: &TestDaemon) -> EnginesReport {
+    let body = daemon.get("/v1/engines").expect("the control API answers");
+    serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error} in {body}"))
+}
+
+/// Moves of these sizes arrive, in the pool and in the owner's memory.
+fn move_everything(daemon: &TestDaemon) {
+    let mut pair = Pair::new(&daemon.hub());
+    pair.check();
+    for options in [Options::default(), Options::without_map()] {
+        let mut owner = RawFrontend::connect_with(daemon.hub(), options);
+        let mut sender = RawFrontend::connect(daemon.hub());
+        let size = 4 << 20;
+        let pages = owner.memory.allocate(size, 4096);
+        let line = owner.memory.allocate(64, 64);
+        let data = sender.memory.allocate(size, 4096);
+        let segments = [Segment { addr: pages, len: size }];
+        let dmb = owner.register_ram(sender.gid(), line, &segments).expect("a RAM DMB");
+        for len in [1, 63, 4096, 100_001, 1 << 20, (3 << 20) + 7] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + i / 4099 + len) as u8).collect();
+            sender.memory.write(data, &bytes);
+            let header = MoveHeader { token: dmb.token, offset: 5, mask: 0, flags: MoveFlags::empty() };
+            // In two pieces, which meet in the middle of a word.
+            let cut = len / 3;
+            let pieces = [(0, cut), (cut, len - cut)]
+                .map(|(at, len)| Descriptor::readable(data + at as u64, len as u32));
+            assert_eq!(sender.move_raw(&header.to_bytes(), &pieces), (8, 0), "{len} bytes");
+            assert!(owner.memory.read(pages + 5, len) == bytes, "{len} bytes");
+        }
+    }
+}
+
+#[test]
+fn every_engine_copies_and_is_counted() {
+    for engine in ["cpu", "cpu-node"] {
+        let daemon = TestDaemon::start_with(
+            &["--engine", engine],
+            "[engines]\nworkers = 2\ncache = \"@/engines.json\"\n",
+        );
+        let before = engines(&daemon);
+        assert_eq!(before.origin, "measured");
+        assert!(before.rows.iter().all(|row| row.chosen_by == "configuration" && row.uses == 0));
+        move_everything(&daemon);
+        let after = engines(&daemon);
+        let used: Vec<_> = after.engines.iter().filter(|engine| engine.copies != 0).collect();
+        assert!(used.iter().all(|used| used.name.split('.').next() == Some(engine)), "{used:?}");
+        let bytes: u64 = used.iter().map(|used| used.bytes).sum();
+        assert!(bytes > 8 << 20, "{bytes}");
+        let uses: u64 = after.rows.iter().map(|row| row.uses).sum();
+        assert_eq!(uses, used.iter().map(|used| used.copies).sum::<u64>());
+        assert_eq!(daemon.log().matches("panicked").count(), 0);
+        assert!(daemon.path("engines.json").exists());
+    }
+}
+
+#[test]
+fn what_is_measured_is_used_and_every_row_says_why() {
+    let daemon = TestDaemon::start();
+    move_everything(&daemon);
+    let report = engines(&daemon);
+    assert_eq!(report.engines[0].name, "cpu");
+    for row in &report.rows {
+        assert_eq!(row.chosen_by, "measurement");
+        let of = |name: &str| row.costs.iter().find(|cost| cost.engine == name).map(|cost| cost.nanoseconds);
+        let best = row.costs.iter().map(|cost| cost.nanoseconds).min().expect("an engine");
+        let chosen = of(&row.engine).expect("a measured engine");
+        assert!(chosen * 95 <= best * 100, "{} is used where another takes {best} ns: {row:?}", row.engine);
+    }
+}
