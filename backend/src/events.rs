@@ -27,6 +27,8 @@ enum Subject {
     Gone(Gid),
     Added(ExtentId),
     Removed(ExtentId),
+    /// Paused, or not any more: what was last counts.
+    Paused(Gid),
 }
 
 impl Subject {
@@ -38,6 +40,7 @@ impl Subject {
             Event::DeviceGone { gid, .. } => Subject::Gone(*gid),
             Event::ExtentAdded(e) => Subject::Added(e.extent),
             Event::ExtentRemoved(e) => Subject::Removed(e.extent),
+            Event::DevicePaused { gid } | Event::DeviceResumed { gid } => Subject::Paused(*gid),
             // As many as the device has posted keys.
             Event::Software { .. } | Event::Rendezvous { .. } => return None,
         })
@@ -82,6 +85,12 @@ impl Waiting {
             // It comes after everything else from that device, of this life and of earlier ones.
             Event::DeviceGone { gid, .. } => {
                 if let Some(at) = self.by_subject.remove(&Subject::Gone(gid)) {
+                    self.events.remove(&at);
+                }
+            }
+            // A driver that has heard of neither misses nothing by hearing of the last only.
+            Event::DevicePaused { gid } | Event::DeviceResumed { gid } => {
+                if let Some(at) = self.by_subject.remove(&Subject::Paused(gid)) {
                     self.events.remove(&at);
                 }
             }
@@ -304,6 +313,20 @@ mod tests {
         events.waiting.pop();
         push(&mut events, Event::ExtentRemoved(extent(2))).unwrap();
         assert_eq!(waiting(&events), [Event::ExtentRemoved(extent(2))]);
+    }
+
+    #[test]
+    fn a_device_that_pauses_ever_again_is_one_event() {
+        let mut events = Events::default();
+        for _ in 0..3 {
+            push(&mut events, Event::DevicePaused { gid: gid(1) }).unwrap();
+            push(&mut events, Event::DevicePaused { gid: gid(2) }).unwrap();
+            push(&mut events, Event::DeviceResumed { gid: gid(1) }).unwrap();
+        }
+        assert_eq!(
+            waiting(&events),
+            [Event::DevicePaused { gid: gid(2) }, Event::DeviceResumed { gid: gid(1) }]
+        );
     }
 
     #[test]

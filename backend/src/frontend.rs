@@ -18,11 +18,12 @@
 //! as well, tells: when its first byte is taken, the request before it is over and done.
 
 use crate::fabric::DeviceId;
-use crate::pool::memfile::MemFile;
+use crate::pool::memfile::{Borrower, MemFile};
 use dmbridge_proto::WINDOW_SHMID;
 use dmbridge_proto::ids::ExtentId;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -50,8 +51,8 @@ pub struct MapRequest {
     pub device: DeviceId,
     /// The extent.
     pub extent: ExtentId,
-    /// The memory to map; `None` to unmap.
-    pub file: Option<Arc<MemFile>>,
+    /// The memory to map, and as whose; `None` to unmap.
+    pub file: Option<(Arc<MemFile>, Borrower)>,
     /// Where in the window.
     pub offset: u64,
     /// Bytes.
@@ -176,6 +177,11 @@ impl Channel {
         self.pump(now, outcomes);
     }
 
+    /// The device is stopped, and may be started again as it was: no request may be sent until then.
+    pub fn pause(&mut self) {
+        self.open = false;
+    }
+
     /// The device was reset: its window is empty, and no request may be sent. Nobody waits for what is under way.
     pub fn close(&mut self) {
         self.open = false;
@@ -194,7 +200,8 @@ impl Channel {
                 Manner::Guarded => (&message[..1], Stage::Begun),
             };
             // At most one request is unanswered, so it fits the socket's buffer unless the front-end plays tricks.
-            match self.send(part, request.file.as_deref()) {
+            let file = request.file.as_ref().map(|(file, borrower)| file.lend(*borrower)).transpose();
+            match file.and_then(|file| self.send(part, file)) {
                 Ok(()) => {
                     match request.file {
                         Some(_) => self.sent.maps += 1,
@@ -205,15 +212,15 @@ impl Channel {
                         Some(Pending { request, stage, deadline, abandoned: false, overdue: false });
                 }
                 Err(error) => {
-                    tracing::debug!("a request to a front-end could not be sent: {error}");
+                    tracing::warn!("a request to a front-end could not be sent: {error}");
                     outcomes.push(MapOutcome { request, done: false });
                 }
             }
         }
     }
 
-    fn send(&self, bytes: &[u8], file: Option<&MemFile>) -> io::Result<()> {
-        let fd = file.map(|file| [file.fd().as_raw_fd()]);
+    fn send(&self, bytes: &[u8], file: Option<File>) -> io::Result<()> {
+        let fd = file.as_ref().map(|file| [file.as_raw_fd()]);
         let fds = fd.as_ref().map(|fd| ControlMessage::ScmRights(fd));
         // The front-end's end shares the flags of the socket, so that the call has to say for itself that it does not block.
         let sent = sendmsg::<()>(
@@ -428,7 +435,10 @@ mod tests {
         }
 
         fn request(&mut self, extent: u32, map: bool) {
-            let file = map.then(|| Arc::new(MemFile::new(1 << 20, None, &Default::default()).unwrap()));
+            let file = map.then(|| {
+                let file = MemFile::new(1 << 20, None, &Default::default()).unwrap();
+                (Arc::new(file), Borrower::Owner)
+            });
             let request = MapRequest {
                 device: DeviceId::for_tests(1),
                 extent: ExtentId::new(extent).unwrap(),
@@ -551,6 +561,23 @@ mod tests {
         assert_eq!((world.ended().len(), world.arrived()), (0, None));
         world.reply(9, 1).unwrap();
         assert_eq!(world.arrived(), Some((9, 4 << 21)));
+    }
+
+    #[test]
+    fn what_a_guarded_front_end_did_not_get_before_a_pause_it_gets_after() {
+        let mut world = World::with(Manner::Guarded);
+        world.channel.open(world.now, &mut world.outcomes);
+        world.request(1, true);
+        world.channel.pause();
+        let first = world.begin();
+        assert_eq!(code_of_nothing(world.rest(first)), 0xff09);
+        assert!(world.theirs.read(&mut [0]).is_err() && world.ended().is_empty());
+        world.channel.open(world.now, &mut world.outcomes);
+        let first = world.begin();
+        let _: [u8; MESSAGE_SIZE] = world.rest(first);
+        world.reply(9, 0).unwrap();
+        world.begin();
+        assert_eq!(world.ended(), [(1, true)]);
     }
 
     /// The code of a message that does nothing, which follows its first byte.

@@ -21,6 +21,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -126,6 +127,8 @@ impl Mover {
             runs: Vec::with_capacity(MAX_RUNS),
             turns: VecDeque::new(),
             waiting: HashSet::new(),
+            parked: Vec::new(),
+            look: None,
         };
         let thread =
             std::thread::Builder::new().name(format!("dmb-mover-{number}")).spawn(move || worker.run())?;
@@ -184,10 +187,28 @@ struct Worker {
     /// Queues that have something to do, in turn, each once.
     turns: VecDeque<u64>,
     waiting: HashSet<u64>,
+    /// Queues that wait for somebody who is paused, and when to look again.
+    parked: Vec<u64>,
+    look: Option<Instant>,
+}
+
+/// A queue whose next move goes into the memory of a paused device is looked at again after this long.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// What came of a move.
+enum Outcome {
+    /// Its chain is malformed.
+    Malformed,
+    /// This is the answer.
+    Done(Result<(), Status>),
+    /// It has to wait until its target's owner goes on.
+    Later,
 }
 
 /// How a turn ended.
 enum Turn {
+    /// The next move has to wait.
+    Later,
     /// Nothing is left to do; the driver kicks for the next.
     Idle,
     /// Others first.
@@ -198,7 +219,11 @@ impl Worker {
     fn run(mut self) {
         let mut events = [EpollEvent::default(); 64];
         loop {
-            let timeout = if self.turns.is_empty() { -1 } else { 0 };
+            let timeout = match self.look {
+                _ if !self.turns.is_empty() => 0,
+                Some(when) => when.saturating_duration_since(Instant::now()).as_millis() as i32 + 1,
+                None => -1,
+            };
             let count = match self.shared.epoll.wait(timeout, &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -217,11 +242,20 @@ impl Worker {
                     key => self.enqueue(key),
                 }
             }
+            if self.look.is_some_and(|when| when <= Instant::now()) {
+                self.look = None;
+                std::mem::take(&mut self.parked).into_iter().for_each(|key| self.enqueue(key));
+            }
             if let Some(key) = self.turns.pop_front() {
                 self.waiting.remove(&key);
                 let queue = self.shared.queues().get(&key).cloned();
-                if let Some(Turn::More) = queue.map(|queue| self.turn(&queue)) {
-                    self.enqueue(key);
+                match queue.map(|queue| self.turn(&queue)) {
+                    Some(Turn::More) => self.enqueue(key),
+                    Some(Turn::Later) => {
+                        self.parked.push(key);
+                        self.look.get_or_insert_with(|| Instant::now() + PAUSE);
+                    }
+                    Some(Turn::Idle) | None => {}
                 }
             }
         }
@@ -265,7 +299,11 @@ impl Worker {
             let answer = self.answer(queue, &mut bytes);
             let memory = queue.port.memory.read();
             let len = match answer {
-                Some(result) => {
+                Outcome::Later => {
+                    ring.unpop();
+                    return Ok(Turn::Later);
+                }
+                Outcome::Done(result) => {
                     let counters = &queue.port.counters;
                     let counter = if result.is_ok() { &counters.moves } else { &counters.refused };
                     Counters::add(counter, 1);
@@ -274,7 +312,7 @@ impl Worker {
                     self.chain.respond(&memory, &response);
                     RESPONSE_SIZE as u32
                 }
-                None => 0,
+                Outcome::Malformed => 0,
             };
             ring.push(memory.guest(), self.chain.head, len)?;
             moves += 1;
@@ -285,20 +323,27 @@ impl Worker {
         Ok(Turn::Idle)
     }
 
-    /// Does the move in `self.chain`. `None` if the chain is malformed.
-    fn answer(&mut self, queue: &MoveQueue, bytes: &mut u64) -> Option<Result<(), Status>> {
+    /// Does the move in `self.chain`.
+    fn answer(&mut self, queue: &MoveQueue, bytes: &mut u64) -> Outcome {
         let mut header = [0; HEADER_SIZE];
         {
             let memory = queue.port.memory.read();
             if self.chain.malformed || !self.chain.takes_response(&memory, RESPONSE_SIZE) {
-                return None;
+                return Outcome::Malformed;
             }
-            take_header(&memory, &self.chain.readable, &mut header, &mut self.data)?;
+            if take_header(&memory, &self.chain.readable, &mut header, &mut self.data).is_none() {
+                return Outcome::Malformed;
+            }
         }
-        Some(MoveHeader::parse(&header).and_then(|header| self.execute(queue, &header, bytes)))
+        match MoveHeader::parse(&header).and_then(|header| self.execute(queue, &header, bytes)) {
+            Ok(true) => Outcome::Done(Ok(())),
+            Ok(false) => Outcome::Later,
+            Err(status) => Outcome::Done(Err(status)),
+        }
     }
 
-    fn execute(&mut self, queue: &MoveQueue, header: &MoveHeader, bytes: &mut u64) -> Result<(), Status> {
+    /// Does a move. False: not now, and then all of it again.
+    fn execute(&mut self, queue: &MoveQueue, header: &MoveHeader, bytes: &mut u64) -> Result<bool, Status> {
         let len: u64 = self.data.iter().map(|p| u64::from(p.len)).sum();
         if len > queue.max_move_size || self.data.len() > queue.max_segments {
             return Err(Status::TooBig);
@@ -329,6 +374,9 @@ impl Worker {
             let Some(home) = &*home else {
                 return Err(if left == len { Status::NoEntry } else { Status::Reset });
             };
+            if target.is_paused(home) {
+                return Ok(false);
+            }
             // A step ends between two words of the DMB.
             let step = left.min(STEP - copy.offset % 8);
             copy.step(home, step)?;
@@ -338,7 +386,8 @@ impl Worker {
                 break;
             }
             if queue.stopping.load(Ordering::Acquire) {
-                return Err(Status::Reset);
+                // If the queue is served again, from the beginning: nobody has been told anything yet.
+                return Ok(false);
             }
         }
         if len != 0 {
@@ -348,7 +397,7 @@ impl Worker {
         if !Arc::ptr_eq(&queue.port, &target.owner) {
             target.owner.check_memory();
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -616,6 +665,8 @@ mod tests {
                     data: Vec::new(),
                     turns: VecDeque::new(),
                     waiting: HashSet::new(),
+                    parked: Vec::new(),
+                    look: None,
                 },
                 sender,
                 owner,

@@ -12,7 +12,7 @@ use dmbridge_proto::event::Event;
 use dmbridge_proto::extent::LINE_SIZE;
 use dmbridge_proto::ids::{Gid, Token};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 /// The number of a front-end's connection, never used again.
@@ -32,6 +32,8 @@ pub struct Port {
     node: AtomicU32,
     events: Mutex<Events>,
     targets: RwLock<HashMap<Token, Arc<Target>>>,
+    /// The front-end has stopped the device and may start it again as it was: its memory is left alone meanwhile.
+    paused: AtomicBool,
     doorbell: Doorbell,
 }
 
@@ -73,6 +75,7 @@ impl Port {
             node: AtomicU32::new(u32::MAX),
             events: Mutex::default(),
             targets: RwLock::default(),
+            paused: AtomicBool::new(false),
             doorbell,
         }
     }
@@ -90,6 +93,16 @@ impl Port {
     /// The event queue.
     pub fn events(&self) -> MutexGuard<'_, Events> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on the device is paused, or not any more.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::SeqCst);
+    }
+
+    /// Whether the device is paused.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
     }
 
     /// Tells the driver something.
@@ -194,6 +207,17 @@ impl Target {
     /// Where it lies, or `None` if it is closed. While this is held it is not closed, and [`close`](Self::close) waits.
     pub fn open(&self) -> RwLockReadGuard<'_, Option<Home>> {
         self.home.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until what is being written is written.
+    pub fn settle(&self) {
+        drop(self.home.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Whether it must not be written now: it lies in the memory of a device that is paused. To be asked while it is
+    /// held [open](Self::open).
+    pub fn is_paused(&self, home: &Home) -> bool {
+        matches!(home, Home::Ram { .. }) && self.owner.is_paused()
     }
 
     /// Ends it: nothing writes there any more when this returns.

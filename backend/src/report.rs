@@ -174,6 +174,9 @@ pub struct DeviceReport {
     pub peer: Option<PeerReport>,
     /// Whether the driver has started the device.
     pub started: bool,
+    /// Whether the front-end has stopped it, and may start it again as it was.
+    #[serde(default)]
+    pub paused: bool,
     /// The NUMA node that it is on. Absent while it is not known, if it is spread, and on a host with one node.
     #[serde(default)]
     pub node: Option<u32>,

@@ -121,6 +121,15 @@ impl Ring {
     }
 }
 
+/// How a device was when its front-end stopped it. If it is started again like this, it goes on.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Paused {
+    /// Where its rings stopped.
+    bases: Vec<u16>,
+    /// Virtio features that the driver accepted.
+    features: u64,
+}
+
 /// A command that waits for its front-end.
 #[derive(Debug)]
 pub struct Suspended {
@@ -165,6 +174,10 @@ pub struct Session {
     pub rings: Vec<Ring>,
     /// The device in the fabric, while it is started.
     pub device: Option<DeviceId>,
+    /// The device is stopped and may be started again as it was.
+    pub paused: Option<Paused>,
+    /// Somebody looks whether it still is paused.
+    pub watched: bool,
     /// The command that waits.
     pub suspended: Option<Suspended>,
     /// For requests to the front-end.
@@ -204,6 +217,8 @@ impl Session {
             protocol: Protocol::empty(),
             rings: (0..queues).map(|_| Ring::default()).collect(),
             device: None,
+            paused: None,
+            watched: false,
             suspended: None,
             channel: None,
             throttle: Throttle::new(limits.commands_per_second),
@@ -243,6 +258,16 @@ impl Session {
     /// Whether the front-end can map, as far as it has said.
     fn can_map(&self) -> bool {
         self.protocol.contains(MAP_FEATURES)
+    }
+
+    /// Whether the driver has started the device, and it is not paused.
+    pub fn is_running(&self) -> bool {
+        self.device.is_some() && self.paused.is_none()
+    }
+
+    /// What has to be the same if it is to go on later.
+    pub fn to_be_continued(&self) -> Paused {
+        Paused { bases: self.rings.iter().map(|ring| ring.base).collect(), features: self.features }
     }
 
     /// Virtio features that the device offers this front-end now.

@@ -152,6 +152,11 @@ impl Vring {
         self.queue.next_avail()
     }
 
+    /// Puts the chain back that was taken last.
+    pub fn unpop(&mut self) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
     /// Takes the next available chain into `chain`. False if there is none.
     pub fn pop(&mut self, memory: &GuestMemoryMmap, chain: &mut Chain) -> Result<bool, Broken> {
         let limit = usize::from(self.queue.size());

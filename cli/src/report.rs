@@ -17,6 +17,8 @@ pub struct Device {
     pub peer: Option<Peer>,
     /// Whether the driver has started the device.
     pub started: bool,
+    /// Whether the front-end has stopped it, and may start it again as it was.
+    pub paused: bool,
     /// Whether the front-end maps.
     pub map: bool,
     /// Its NUMA node, if it is known.
@@ -53,6 +55,7 @@ impl Device {
     pub fn state(&self) -> &'static str {
         match (&self.peer, self.started, self.map) {
             (None, ..) => "absent",
+            _ if self.paused => "paused",
             (_, false, _) => "connected",
             (_, true, true) => "maps",
             (_, true, false) => "moves only",

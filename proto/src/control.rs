@@ -125,6 +125,8 @@ pub enum Request<'a> {
     Rendezvous(Rendezvous),
     /// Take a key back.
     CancelRendezvous(Cancel),
+    /// Look at this word of the driver's memory to know whether the driver lives.
+    Lifeline(u64),
 }
 
 /// Which command it is: class and command number.
@@ -146,6 +148,8 @@ pub enum Command {
     Rendezvous,
     /// Class 0, command 2.
     CancelRendezvous,
+    /// Class 0, command 3.
+    Lifeline,
 }
 
 impl Command {
@@ -160,6 +164,7 @@ impl Command {
             (2, 0) => Command::SignalEvent,
             (0, 1) => Command::Rendezvous,
             (0, 2) => Command::CancelRendezvous,
+            (0, 3) => Command::Lifeline,
             _ => return None,
         })
     }
@@ -175,6 +180,7 @@ impl Command {
             Command::SignalEvent => (2, 0),
             Command::Rendezvous => (0, 1),
             Command::CancelRendezvous => (0, 2),
+            Command::Lifeline => (0, 3),
         }
     }
 
@@ -197,7 +203,11 @@ impl Command {
             Command::Register => size_of::<RegisterReplyWire>(),
             Command::Attach => size_of::<AttachReplyWire>(),
             Command::Rendezvous => size_of::<MetWire>(),
-            Command::Unregister | Command::Detach | Command::SignalEvent | Command::CancelRendezvous => 0,
+            Command::Unregister
+            | Command::Detach
+            | Command::SignalEvent
+            | Command::CancelRendezvous
+            | Command::Lifeline => 0,
         }
     }
 
@@ -206,7 +216,7 @@ impl Command {
         match self {
             Command::QueryGid => 16,
             Command::Register => size_of::<RegisterWire>(),
-            Command::Unregister | Command::Attach | Command::Detach => 8,
+            Command::Unregister | Command::Attach | Command::Detach | Command::Lifeline => 8,
             Command::SignalEvent => size_of::<SignalEventWire>(),
             Command::Rendezvous => size_of::<RendezvousWire>(),
             Command::CancelRendezvous => size_of::<CancelWire>(),
@@ -290,6 +300,10 @@ impl<'a> Request<'a> {
             Command::Detach => Request::Detach(token()?),
             Command::Rendezvous => Request::Rendezvous(Rendezvous::parse(rest)?),
             Command::CancelRendezvous => Request::CancelRendezvous(Cancel::parse(rest)?),
+            Command::Lifeline => match body::<U64>(rest)?.0.get() {
+                addr if addr.is_multiple_of(4) => Request::Lifeline(addr),
+                _ => return Err(Status::Invalid),
+            },
             Command::SignalEvent => {
                 let (w, _) = body::<SignalEventWire>(rest)?;
                 Request::SignalEvent(SignalEvent {
@@ -312,6 +326,7 @@ impl<'a> Request<'a> {
             Request::SignalEvent(_) => Command::SignalEvent,
             Request::Rendezvous(_) => Command::Rendezvous,
             Request::CancelRendezvous(_) => Command::CancelRendezvous,
+            Request::Lifeline(_) => Command::Lifeline,
         }
     }
 
@@ -332,6 +347,7 @@ impl<'a> Request<'a> {
             .as_bytes()),
             Request::Rendezvous(r) => put(r.to_wire().as_bytes()),
             Request::CancelRendezvous(c) => put(c.to_wire().as_bytes()),
+            Request::Lifeline(addr) => put(&addr.to_le_bytes()),
             Request::Register(r) => r.emit(put),
         }
     }
@@ -552,9 +568,11 @@ impl Reply {
                 })
             }
             Command::Rendezvous => Reply::Rendezvous(Met::parse(rest).ok_or(short)?),
-            Command::Unregister | Command::Detach | Command::SignalEvent | Command::CancelRendezvous => {
-                Reply::Done
-            }
+            Command::Unregister
+            | Command::Detach
+            | Command::SignalEvent
+            | Command::CancelRendezvous
+            | Command::Lifeline => Reply::Done,
         }))
     }
 }
@@ -602,6 +620,7 @@ mod tests {
             Request::SignalEvent(SignalEvent { rgid: gid, code: 7, info: u64::MAX }),
             Request::Rendezvous(Rendezvous { key: [1; 32], tag: 7, payload: [2; 32] }),
             Request::CancelRendezvous(Cancel { key: [3; 32], tag: 9 }),
+            Request::Lifeline(0x1_2345_6780),
         ] {
             let bytes = bytes(&request);
             assert_eq!(bytes.len(), HEADER_SIZE + request.command().body_size());
@@ -614,7 +633,7 @@ mod tests {
 
     #[test]
     fn an_unknown_command_is_not_supported() {
-        for (class, command) in [(0, 3), (1, 4), (2, 1), (3, 0), (255, 255)] {
+        for (class, command) in [(0, 4), (1, 4), (2, 1), (3, 0), (255, 255)] {
             assert_eq!(Request::parse(&[class, command, 0, 0, 0, 0, 0, 0], 0), Err(Status::NotSupported));
         }
     }

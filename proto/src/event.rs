@@ -65,6 +65,16 @@ pub enum Event {
         /// What the other had to say.
         payload: Payload,
     },
+    /// A device with which this one shared a DMB is paused.
+    DevicePaused {
+        /// The device.
+        gid: Gid,
+    },
+    /// It goes on.
+    DeviceResumed {
+        /// The device.
+        gid: Gid,
+    },
 }
 
 /// Why a device is gone.
@@ -132,6 +142,8 @@ const SOFTWARE: u16 = 5;
 const EXTENT_ADDED: u16 = 6;
 const EXTENT_REMOVED: u16 = 7;
 const RENDEZVOUS: u16 = 8;
+const DEVICE_PAUSED: u16 = 9;
+const DEVICE_RESUMED: u16 = 10;
 
 impl Event {
     /// The event as the device writes it.
@@ -174,6 +186,14 @@ impl Event {
                 w.gid = gid.to_bytes();
                 [w.token, w.info, w.offset, w.size] = zerocopy::transmute!(payload);
             }
+            Event::DevicePaused { gid } => {
+                w.kind = DEVICE_PAUSED.into();
+                w.gid = gid.to_bytes();
+            }
+            Event::DeviceResumed { gid } => {
+                w.kind = DEVICE_RESUMED.into();
+                w.gid = gid.to_bytes();
+            }
         }
         zerocopy::transmute!(w)
     }
@@ -204,6 +224,8 @@ impl Event {
                 let payload = zerocopy::transmute!([w.token, w.info, w.offset, w.size]);
                 Event::Rendezvous { gid, tag: index, payload }
             }
+            DEVICE_PAUSED => Event::DevicePaused { gid },
+            DEVICE_RESUMED => Event::DeviceResumed { gid },
             unknown => return Err(EventError::Unknown(unknown)),
         })
     }
@@ -271,6 +293,8 @@ mod tests {
             Event::ExtentAdded(extent),
             Event::ExtentRemoved(ExtentInfo { owned: true, ..extent }),
             Event::Rendezvous { gid, tag: 5, payload: core::array::from_fn(|i| i as u8) },
+            Event::DevicePaused { gid },
+            Event::DeviceResumed { gid },
         ] {
             assert_eq!(Event::parse(&event.to_bytes()), Ok(event));
         }

@@ -30,6 +30,7 @@ pub mod event;
 pub mod extent;
 pub mod features;
 pub mod ids;
+pub mod lifeline;
 pub mod line;
 pub mod moves;
 pub mod rendezvous;

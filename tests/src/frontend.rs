@@ -95,6 +95,8 @@ pub struct RawFrontend {
     pub memory: GuestMemory,
     /// The queues.
     pub rings: Vec<Ring>,
+    /// Where rings start.
+    bases: Vec<u32>,
     scratch: u64,
     event_buffers: Vec<(u16, u64)>,
     events: VecDeque<Event>,
@@ -200,6 +202,7 @@ impl RawFrontend {
             features,
             config,
             memory,
+            bases: vec![0; rings.len()],
             rings,
             scratch,
             event_buffers: Vec::new(),
@@ -230,7 +233,7 @@ impl RawFrontend {
         self.frontend.set_vring_num(i, ring.size)?;
         step("SET_VRING_ADDR");
         self.frontend.set_vring_addr(i, &ring.addresses(&self.memory))?;
-        self.frontend.set_vring_base(i, 0)?;
+        self.frontend.set_vring_base(i, self.bases[i] as u16)?;
         step("SET_VRING_CALL");
         self.frontend.set_vring_call(i, &ring.call)?;
         self.frontend.set_vring_err(i, &ring.err)?;
@@ -259,11 +262,31 @@ impl RawFrontend {
         self.config.gid
     }
 
+    /// Stops the device as QEMU does when it pauses the virtual machine: everything stays as it is.
+    pub fn pause(&mut self) {
+        for i in 0..self.rings.len() {
+            self.frontend.set_vring_enable(i, false).expect("SET_VRING_ENABLE");
+            self.bases[i] = self.frontend.get_vring_base(i).expect("GET_VRING_BASE");
+        }
+    }
+
+    /// Starts it again as it was.
+    pub fn resume(&mut self) {
+        self.frontend.set_mem_table(&[self.memory.region()]).expect("SET_MEM_TABLE");
+        self.start(&mut |_| {}).expect("the device goes on");
+    }
+
+    /// Where its rings are to start the next time.
+    pub fn bases(&mut self) -> &mut [u32] {
+        &mut self.bases
+    }
+
     /// Stops the device as a driver's reset does; nothing is mapped after that (vhost-user, `BACKEND_SHMEM_MAP`).
     pub fn reset(&mut self) {
         for i in 0..self.rings.len() {
             self.frontend.set_vring_enable(i, false).expect("SET_VRING_ENABLE");
             self.frontend.get_vring_base(i).expect("GET_VRING_BASE");
+            self.bases[i] = 0;
         }
         self.window().clear();
         self.event_buffers.clear();

@@ -3,7 +3,7 @@
 
 use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::vm::shared::{Lent, Shared};
-use dmbridge_tests::vm::{Driven, Vm, VmOptions};
+use dmbridge_tests::vm::{Driven, VmPair};
 
 /// Bytes of one direction of an exchange; the environment variable says it in MiB. Without KVM, guests are slow.
 fn exchange_bytes() -> u64 {
@@ -11,40 +11,9 @@ fn exchange_bytes() -> u64 {
     mib.unwrap_or(1024) << 20
 }
 
-struct Setup {
-    daemon: TestDaemon,
-    a: Vm,
-    b: Vm,
-}
-
-/// Everybody is in one group.
-const CONFIGURATION: &str = r#"
-[limits]
-window_size = 268435456
-max_dmb_size = 67108864
-max_dmb_bytes = 134217728
-[[device]]
-name = "a"
-socket = "@/a.sock"
-[[device]]
-name = "b"
-socket = "@/b.sock"
-[hub]
-socket = "@/hub.sock"
-[[hub.rule]]
-group = "default"
-"#;
-
-fn setup() -> Lent<'static, Setup> {
-    static SETUP: Shared<Setup> = Shared::new();
-    SETUP.take(|| {
-        let daemon = TestDaemon::start_with(&[], CONFIGURATION);
-        let [a, b] =
-            ["a", "b"].map(|name| VmOptions::new(name).device(&daemon.path(&format!("{name}.sock"))).start());
-        a.wait_until_booted();
-        b.wait_until_booted();
-        Setup { daemon, a, b }
-    })
+fn setup() -> Lent<'static, VmPair> {
+    static SETUP: Shared<VmPair> = Shared::new();
+    SETUP.take(VmPair::boot)
 }
 
 /// Bytes that the daemon has copied so far.
@@ -69,7 +38,7 @@ fn exchange(a: &mut Driven, b: &mut Driven, [a_by, b_by]: [&str; 2], dmb_size: u
 #[test]
 fn what_one_guest_writes_the_other_reads_and_nothing_is_copied() {
     let setup = setup();
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let before = moved(&setup.daemon);
     exchange(&mut a, &mut b, ["attach", "attach"], 2 << 20, exchange_bytes());
     assert_eq!(moved(&setup.daemon), before);
@@ -78,7 +47,7 @@ fn what_one_guest_writes_the_other_reads_and_nothing_is_copied() {
 #[test]
 fn a_sleeping_guest_is_woken_by_a_signal() {
     let setup = setup();
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let (dmb, token) = a.register(&b, 4096);
     let sender = b.sender("attach", &token);
     for round in 0..3 {
@@ -146,7 +115,7 @@ fn a_process_and_a_guest_exchange_by_every_pairing() {
 #[test]
 fn a_thousand_dmbs_and_many_peers_need_few_mappings() {
     let setup = setup();
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let tokens = a.ask(&format!("register {} 16384 1000", b.gid()))["tokens"].clone();
     let tokens: Vec<_> = tokens.as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
     assert_eq!(tokens.len(), 1000);

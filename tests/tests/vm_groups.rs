@@ -1,33 +1,11 @@
 //! Three virtual machines in two groups: what must not be reachable is not, whatever a guest asks for.
 
-use dmbridge_tests::daemon::TestDaemon;
-use dmbridge_tests::vm::{Driven, VmOptions};
-
-const CONFIGURATION: &str = r#"
-[limits]
-window_size = 268435456
-max_dmb_size = 67108864
-max_dmb_bytes = 134217728
-[[device]]
-name = "a"
-socket = "@/a.sock"
-group = "shop"
-[[device]]
-name = "b"
-socket = "@/b.sock"
-group = "shop"
-[[device]]
-name = "c"
-socket = "@/c.sock"
-group = "stranger"
-"#;
+use dmbridge_tests::vm::{Driven, pair};
 
 #[test]
 fn a_guest_of_another_group_reaches_nothing() {
-    let daemon = TestDaemon::start_with(&[], CONFIGURATION);
-    let vms = ["a", "b", "c"]
-        .map(|name| VmOptions::new(name).device(&daemon.path(&format!("{name}.sock"))).start());
-    vms.iter().for_each(|vm| vm.wait_until_booted());
+    let daemon = pair::daemon(&[("a", "shop"), ("b", "shop"), ("c", "stranger")]);
+    let vms = pair::boot(&daemon, ["a", "b", "c"]);
     let [mut a, mut b, mut c] = [&vms[0], &vms[1], &vms[2]].map(Driven::in_guest);
 
     // The two of a group: everything works.

@@ -1,10 +1,10 @@
 //! What happens to DMBs when a guest, its device, its driver or the daemon goes, in traffic: the peer learns it, and
 //! nothing is left.
 
-use dmbridge_tests::daemon::{Holdings, TestDaemon};
+use dmbridge_tests::daemon::Holdings;
 use dmbridge_tests::deadline::until;
 use dmbridge_tests::vm::shared::{Lent, Shared, in_lasting_thread};
-use dmbridge_tests::vm::{Driven, Vm, VmOptions};
+use dmbridge_tests::vm::{Driven, VmPair};
 use std::time::Duration;
 
 /// More than any exchange here gets done.
@@ -17,35 +17,30 @@ fn rounds() -> u32 {
 }
 
 struct Setup {
-    daemon: TestDaemon,
+    pair: VmPair,
     /// What the daemon holds while no driver uses a device.
     idle: Holdings,
-    a: Vm,
-    b: Vm,
 }
 
-const CONFIGURATION: &str = r#"
-[limits]
-window_size = 268435456
-max_dmb_size = 67108864
-max_dmb_bytes = 134217728
-[[device]]
-name = "a"
-socket = "@/a.sock"
-[[device]]
-name = "b"
-socket = "@/b.sock"
-"#;
+impl std::ops::Deref for Setup {
+    type Target = VmPair;
+
+    fn deref(&self) -> &VmPair {
+        &self.pair
+    }
+}
+
+impl std::ops::DerefMut for Setup {
+    fn deref_mut(&mut self) -> &mut VmPair {
+        &mut self.pair
+    }
+}
 
 fn make() -> Setup {
-    let daemon = TestDaemon::start_with(&[], CONFIGURATION);
-    let [a, b] =
-        ["a", "b"].map(|name| VmOptions::new(name).device(&daemon.path(&format!("{name}.sock"))).start());
-    a.wait_until_booted();
-    b.wait_until_booted();
-    let setup = Setup { idle: daemon.holdings(), daemon, a, b };
+    let pair = VmPair::boot();
+    let setup = Setup { idle: pair.daemon.holdings(), pair };
     // Once in full, so that what is made at the first use is there.
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let gid = a.gid().to_string();
     traffic(&mut a, &mut b);
     a.kill();
@@ -108,7 +103,7 @@ fn learns_that_the_peer_is_gone(driven: &mut Driven, peer: &str) {
 fn a_program_that_is_killed_in_a_guest_ends_its_dmbs_and_another_one_can_start() {
     let setup = setup();
     for _ in 0..rounds() {
-        let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+        let (mut a, mut b) = setup.drive();
         let gid = a.gid().to_string();
         traffic(&mut a, &mut b);
         a.kill();
@@ -122,7 +117,7 @@ fn a_program_that_is_killed_in_a_guest_ends_its_dmbs_and_another_one_can_start()
 fn programs_of_both_guests_that_are_killed_at_once_harm_nobody() {
     let setup = setup();
     for round in 0..rounds() {
-        let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+        let (mut a, mut b) = setup.drive();
         traffic(&mut a, &mut b);
         let (first, second) = if round % 2 == 0 { (a, b) } else { (b, a) };
         std::thread::scope(|scope| {
@@ -137,7 +132,7 @@ fn programs_of_both_guests_that_are_killed_at_once_harm_nobody() {
 fn a_request_that_meets_the_end_of_the_driver_does_no_harm() {
     let setup = setup();
     for _ in 0..3 {
-        let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+        let (mut a, mut b) = setup.drive();
         let (_, token) = a.register(&b, 1 << 20);
         b.sender("attach", &token);
         let gid = b.gid().to_string();
@@ -185,7 +180,7 @@ fn who_may_not_is_told_so() {
 #[test]
 fn a_guest_that_is_reset_in_traffic_leaves_nothing() {
     let mut setup = setup();
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let gid = a.gid().to_string();
     traffic(&mut a, &mut b);
     setup.a.reset();
@@ -193,7 +188,7 @@ fn a_guest_that_is_reset_in_traffic_leaves_nothing() {
     drop(a);
     b.kill();
     setup.wait_until_nothing_is_left();
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     assert_eq!(a.gid(), gid, "a configured device keeps its GID");
     traffic(&mut a, &mut b);
 }
@@ -201,7 +196,7 @@ fn a_guest_that_is_reset_in_traffic_leaves_nothing() {
 #[test]
 fn a_device_whose_driver_is_unbound_in_traffic_is_reset() {
     let setup = setup();
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let gid = a.gid().to_string();
     traffic(&mut a, &mut b);
     setup.a.shell(&format!("echo 0000:01:00.0 >{FOLDER}/driver/unbind"));
@@ -215,9 +210,32 @@ fn a_device_whose_driver_is_unbound_in_traffic_is_reset() {
 }
 
 #[test]
+fn a_device_that_is_unplugged_in_traffic_is_gone_and_can_be_plugged_in_again() {
+    let mut setup = setup();
+    let (mut a, mut b) = setup.drive();
+    let gid = a.gid().to_string();
+    traffic(&mut a, &mut b);
+    // Nobody asks the program.
+    setup.a.unplug(0);
+    let error = a.try_answer().unwrap_err();
+    assert!(error.contains("connection to the daemon is lost"), "{error}");
+    drop(a);
+    learns_that_the_peer_is_gone(&mut b, &gid);
+    let socket = setup.daemon.path("a.sock");
+    setup.a.plug(0, &socket);
+    until("the guest has found the device", || {
+        setup.a.run(&["test", "-e", &format!("{FOLDER}/resource4")]).status.success().then_some(())
+    });
+    let mut a = Driven::in_guest(&setup.a);
+    traffic(&mut a, &mut b);
+    drop((a, b));
+    setup.wait_until_nothing_is_left();
+}
+
+#[test]
 fn a_guest_that_is_killed_in_traffic_leaves_nothing() {
     let mut setup = setup();
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let gid = a.gid().to_string();
     traffic(&mut a, &mut b);
     setup.a.kill();
@@ -229,8 +247,7 @@ fn a_guest_that_is_killed_in_traffic_leaves_nothing() {
         let report = setup.daemon.report();
         (report.pool.extents == 0 && report.devices[0].peer.is_none()).then_some(())
     });
-    let socket = setup.daemon.path("a.sock");
-    setup.a = in_lasting_thread(move || VmOptions::new("a").device(&socket).boot());
+    setup.boot_a_again();
     drop(Driven::in_guest(&setup.a));
     setup.wait_until_nothing_is_left();
 }
@@ -238,7 +255,7 @@ fn a_guest_that_is_killed_in_traffic_leaves_nothing() {
 #[test]
 fn mapped_memory_outlives_the_daemon() {
     let mut setup = in_lasting_thread(make);
-    let (mut a, mut b) = (Driven::in_guest(&setup.a), Driven::in_guest(&setup.b));
+    let (mut a, mut b) = setup.drive();
     let (dmb, token) = a.register(&b, 1 << 20);
     let sender = b.sender("attach", &token);
     setup.daemon.kill();

@@ -105,7 +105,7 @@ impl Core {
         if let Some(mut old) = session.channel.take() {
             old.fail(&mut outcomes);
         }
-        if session.device.is_some() {
+        if session.is_running() {
             channel.open(Instant::now(), &mut outcomes);
         }
         let fd = channel.as_raw_fd();

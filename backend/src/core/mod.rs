@@ -4,6 +4,7 @@
 mod admission;
 mod commands;
 mod mapping;
+mod pause;
 mod report;
 mod rings;
 
@@ -108,6 +109,8 @@ pub enum Work {
     Expire(SessionId),
     /// Connections.
     Accept(usize),
+    /// Whether a device that is paused is still that.
+    Watch(SessionId),
 }
 
 /// What the fabric of a daemon is called, for configuration spaces and reports.

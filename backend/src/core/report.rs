@@ -120,6 +120,7 @@ fn device(core: &Core, session: &Session) -> DeviceReport {
         group: session.group.to_string(),
         peer: session.peer.as_ref().map(|peer| PeerReport { pid: peer.pid, uid: peer.uid }),
         started: session.device.is_some(),
+        paused: session.paused.is_some(),
         node: whereabouts.map(|at| at.node.get()),
         node_source: whereabouts.map(|at| at.source.as_str().into()),
         map: capabilities.is_some_and(|c| c.map),

@@ -45,7 +45,11 @@ impl Core {
     }
 
     /// `GET_CONFIG`.
-    pub fn config(&self, id: SessionId, offset: usize, size: usize) -> Result<Vec<u8>, Refusal> {
+    pub fn config(&mut self, id: SessionId, offset: usize, size: usize) -> Result<Vec<u8>, Refusal> {
+        if self.session(id)?.paused.is_some() {
+            // A virtual machine that is paused reads nothing: a driver begins anew.
+            self.reset(id, GoneReason::Reset);
+        }
         let Identity { fabric_id, system_eid, copy_plan } = self.identity;
         let config = self.session(id)?.config(fabric_id, system_eid, copy_plan);
         let mut bytes = [0; MAX_CONFIG_SIZE];
@@ -95,11 +99,11 @@ impl Core {
         }
     }
 
-    /// `GET_VRING_BASE`: ends a ring, and with the control queue the device.
+    /// `GET_VRING_BASE`: stops a ring, and with the control queue the device.
     pub fn stop_ring(&mut self, id: SessionId, index: u32) -> Result<u16, Refusal> {
         self.ring_mut(id, index)?;
         if index == u32::from(CONTROL_QUEUE) {
-            self.reset(id, GoneReason::Reset);
+            self.stop(id);
         } else {
             self.pause_ring(id, index);
         }
@@ -122,7 +126,7 @@ impl Core {
     }
 
     /// Takes a ring out of service.
-    fn pause_ring(&mut self, id: SessionId, index: u32) {
+    pub(super) fn pause_ring(&mut self, id: SessionId, index: u32) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(ring) = session.rings.get_mut(index as usize) else { return };
         if matches!(ring.service, Service::None | Service::Broken) {
@@ -151,7 +155,7 @@ impl Core {
         }
         for index in 0..session.rings.len() {
             let session = self.session(id)?;
-            if session.rings[index].ready() && (index == 0 || session.device.is_some()) {
+            if session.rings[index].ready() && (index == 0 || session.is_running()) {
                 self.start_ring(id, index as u32)?;
             }
         }
@@ -189,7 +193,7 @@ impl Core {
             events.start(vring, &memory);
         } else {
             ring.service = Service::Control(Box::new(vring));
-            if session.device.is_none() {
+            if !self.go_on(id) {
                 self.start(id)?;
             }
             self.resume_after_pause(id);
@@ -227,8 +231,15 @@ impl Core {
         for index in (0..session.rings.len() as u32).rev() {
             self.pause_ring(id, index);
         }
+        self.leave(id, reason);
+    }
+
+    /// As [`reset`](Self::reset), when no queue is served.
+    pub(super) fn leave(&mut self, id: SessionId, reason: GoneReason) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.suspended = None;
+        session.paused = None;
+        session.port.set_paused(false);
         if let Some(channel) = &mut session.channel {
             channel.close();
         }

@@ -44,6 +44,7 @@ impl Fabric {
             Request::SignalEvent(event) => Some(self.signal_event(id, event).map(|()| Reply::Done)),
             Request::Rendezvous(request) => Some(self.rendezvous(id, request).map(Reply::Rendezvous)),
             Request::CancelRendezvous(key) => Some(self.cancel_rendezvous(id, key).map(|()| Reply::Done)),
+            Request::Lifeline(addr) => Some(self.set_lifeline(id, *addr).map(|()| Reply::Done)),
         }
     }
 

@@ -191,6 +191,8 @@ pub(super) struct State {
     pub attached: HashSet<Token>,
     /// What was counted in the lines of DMBs that it wrote and that have ended.
     pub past_signals: LineStats,
+    /// Guest address of a word that tells whether the driver lives.
+    pub lifeline: Option<u64>,
     /// The extent that its control queue waits for.
     pub waiting_for: Option<ExtentId>,
     /// Its keys that wait for another device.
@@ -216,6 +218,7 @@ impl State {
             incoming: HashSet::new(),
             attached: HashSet::new(),
             past_signals: LineStats::default(),
+            lifeline: None,
             waiting_for: None,
             keys: 0,
         }

@@ -7,6 +7,7 @@ use crate::placement::Placement;
 use crate::placement::pages::Policy;
 use crate::pool::PoolError;
 use crate::pool::lines::Want;
+use crate::pool::memfile::Borrower;
 use dmbridge_proto::event::{Event, ExtentInfo};
 use dmbridge_proto::extent::Geometry;
 use dmbridge_proto::ids::{ExtentId, Gid};
@@ -66,7 +67,7 @@ impl Fabric {
         self.effects.push(Effect::Ask(MapRequest {
             device: owner,
             extent: id,
-            file: Some(file),
+            file: Some((file, Borrower::Owner)),
             offset: slot.offset,
             len: slot.size,
         }));
@@ -120,7 +121,7 @@ impl Fabric {
         self.effects.push(Effect::Ask(MapRequest {
             device: extent.peer,
             extent: id,
-            file: Some(extent.memory.file().clone()),
+            file: Some((extent.memory.file().clone(), Borrower::Peer)),
             offset: slot.offset,
             len: slot.size,
         }));

@@ -7,6 +7,7 @@
 mod commands;
 mod device;
 mod extents;
+mod pause;
 mod rendezvous;
 #[cfg(test)]
 mod tests;

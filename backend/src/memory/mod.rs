@@ -181,6 +181,14 @@ impl DeviceMemory {
         DeviceMemory::assemble(regions)
     }
 
+    /// This table without the regions whose file is one of those.
+    pub fn without_files(&self, those: impl Fn(&File) -> bool) -> Result<DeviceMemory, MemoryError> {
+        use vm_memory::GuestMemoryRegion as _;
+        let is_there =
+            |region: &&Arc<Region>| region.mapping.file_offset().is_none_or(|at| !those(at.file()));
+        DeviceMemory::assemble(self.regions.iter().filter(is_there).cloned().collect())
+    }
+
     fn assemble(mut regions: Vec<Arc<Region>>) -> Result<DeviceMemory, MemoryError> {
         if regions.is_empty() {
             return Ok(DeviceMemory::default());

@@ -19,6 +19,28 @@ pub const NAME: &str = "dmbridge-extent";
 /// Ranges from this size on are zeroed by giving their memory back.
 const PUNCH_FROM: u64 = 256 << 10;
 
+/// To which of the two front-ends of its pair a file is lent. A lock belongs to a description of a file and ends with it, so
+/// a lock of a byte each tells which of them is still there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Borrower {
+    /// The one of the DMBs' owner.
+    Owner,
+    /// The other one.
+    Peer,
+}
+
+impl Borrower {
+    fn lock(self, kind: libc::c_int) -> libc::flock {
+        libc::flock {
+            l_type: kind as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: self as libc::off_t,
+            l_len: 1,
+            l_pid: 0,
+        }
+    }
+}
+
 /// A sealed file in memory, mapped.
 #[derive(Debug)]
 pub struct MemFile {
@@ -89,6 +111,30 @@ impl MemFile {
     /// The file, for front-ends to map.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// A description of the file for one front-end, marked for it: as long as the front-end has it open or mapped,
+    /// [`is_lent`](Self::is_lent) says so.
+    pub fn lend(&self, borrower: Borrower) -> io::Result<File> {
+        let name = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = File::options().read(true).write(true).open(name)?;
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&borrower.lock(libc::F_RDLCK)))?;
+        Ok(file)
+    }
+
+    /// Whether the front-end to which it was lent still has it.
+    pub fn is_lent(&self, borrower: Borrower) -> bool {
+        let mut lock = borrower.lock(libc::F_WRLCK);
+        // SAFETY: the request reads and writes one `flock`.
+        let result = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+        result == 0 && libc::c_int::from(lock.l_type) != libc::F_UNLCK
+    }
+
+    /// Whether another description is of this file.
+    pub fn is(&self, other: &File) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let identity = |file: &File| file.metadata().map(|data| (data.dev(), data.ino())).ok();
+        identity(other).is_some_and(|other| identity(&self.file) == Some(other))
     }
 
     /// Size in bytes.
@@ -172,6 +218,27 @@ mod tests {
         let theirs = File::from(file.fd().try_clone_to_owned().unwrap());
         assert!(theirs.set_len(0).is_err());
         assert!(theirs.set_len(2 << 20).is_err());
+    }
+
+    #[test]
+    fn who_has_the_file_is_known_until_it_is_neither_open_nor_mapped() {
+        let file = MemFile::new(1 << 20, None, &Policy::FirstTouch).unwrap();
+        let (owners, peers) = (file.lend(Borrower::Owner).unwrap(), file.lend(Borrower::Peer).unwrap());
+        // One that was lent before may not be back yet.
+        let again = file.lend(Borrower::Owner).unwrap();
+        drop(peers);
+        assert!(file.is_lent(Borrower::Owner) && !file.is_lent(Borrower::Peer));
+        drop(again);
+        // SAFETY: a new mapping, which nobody touches.
+        let mapped = unsafe {
+            let fd = owners.as_raw_fd();
+            libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, fd, 0)
+        };
+        drop(owners);
+        assert!(file.is_lent(Borrower::Owner));
+        // SAFETY: the mapping of above.
+        unsafe { libc::munmap(mapped, 4096) };
+        assert!(!file.is_lent(Borrower::Owner));
     }
 
     #[test]

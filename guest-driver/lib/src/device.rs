@@ -5,6 +5,7 @@ use crate::dmb::{Dmb, DmbState, Line, Port, RemoteDmb, RemoteState};
 use crate::error::Error;
 use crate::events::{self, Event, EventQueue, Events, Inbox};
 use crate::fork::Process;
+use crate::lifeline::Lifeline;
 use crate::mover::{DmbSender, MoveBuffer, Mover};
 use crate::moves::{self, MoveQueue, Posted};
 use crate::proto::config::Config;
@@ -438,6 +439,7 @@ pub(crate) struct Core {
     process: Process,
     counters: Counters,
     registration: OnceLock<Registration>,
+    lifeline: OnceLock<Lifeline>,
 }
 
 #[derive(Default)]
@@ -513,6 +515,7 @@ impl Core {
             process: Process::current(),
             counters: Counters::default(),
             registration: OnceLock::new(),
+            lifeline: OnceLock::new(),
         });
         let source: Weak<dyn Source> = Arc::downgrade(&(core.clone() as Arc<dyn Source>));
         let reactor = Reactor::get()?;
@@ -520,6 +523,16 @@ impl Core {
         for (fd, what) in core.watched_fds() {
             let interest = if what == HANGUP { Interest::HangUp } else { Interest::Readable };
             registration.watch(fd, interest, what)?;
+        }
+        if core.transport.is_deaf() {
+            let lifeline = reactor.lifeline(core.allocate(Lifeline::SIZE, Lifeline::SIZE)?);
+            let address = lifeline.address();
+            let _ = core.lifeline.set(lifeline);
+            match core.command(&Request::Lifeline(address)) {
+                // A device of an earlier version takes every stop for the end.
+                Ok(_) | Err(Error::Refused { status: Status::NotSupported, .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(core)
     }
@@ -565,6 +578,9 @@ impl Core {
     pub(crate) fn set_lost(&self) {
         if self.lost.swap(true, Ordering::AcqRel) {
             return;
+        }
+        if let Some(lifeline) = self.lifeline.get().filter(|_| self.process.is_current()) {
+            lifeline.let_go();
         }
         let owned: Vec<_> = lock(&self.registry).owned.values().cloned().collect();
         owned.iter().for_each(|dmb| dmb.interrupt());
@@ -731,6 +747,8 @@ impl Core {
             }
             Wire::Software { gid, code, info } => Event::Software { from: gid, code, info },
             Wire::Rendezvous { gid, tag, payload } => Event::Rendezvous { gid, tag, payload },
+            Wire::DevicePaused { gid } => Event::DevicePaused { gid },
+            Wire::DeviceResumed { gid } => Event::DeviceResumed { gid },
             // The window knows what is mapped.
             Wire::ExtentAdded(_) | Wire::ExtentRemoved(_) => return,
         };
@@ -819,6 +837,13 @@ impl Source for Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
+        // Before the reset: what follows is no pause.
+        let lifeline = self.lifeline.take();
+        if self.process.is_current() {
+            drop(lifeline);
+        } else {
+            std::mem::forget(lifeline);
+        }
         let Some(registration) = self.registration.take() else { return };
         if !self.process.is_current() {
             // The epoll instance is the parent's as well, and a lock of the registration may be held by a thread

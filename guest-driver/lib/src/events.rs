@@ -112,6 +112,17 @@ pub enum Event {
         /// What the other had to say.
         payload: [u8; 32],
     },
+    /// A device with which this one shared a DMB is paused, most likely with its virtual machine. Nothing is lost: what is
+    /// sent to it waits, what it has sent is there.
+    DevicePaused {
+        /// The device.
+        gid: Gid,
+    },
+    /// It goes on.
+    DeviceResumed {
+        /// The device.
+        gid: Gid,
+    },
     /// Somebody called [`Device::signal_event`](crate::Device::signal_event).
     Software {
         /// The sender.
@@ -129,7 +140,7 @@ impl Event {
         match *self {
             Event::DmbUnregistered { owner, .. } => owner,
             Event::DmbDetached { peer, .. } => peer,
-            Event::DeviceGone { gid, .. } => gid,
+            Event::DeviceGone { gid, .. } | Event::DevicePaused { gid } | Event::DeviceResumed { gid } => gid,
             Event::Software { from, .. } => from,
             Event::Rendezvous { gid, .. } => gid,
         }

@@ -42,6 +42,7 @@ mod error;
 mod events;
 mod fills;
 mod fork;
+mod lifeline;
 mod mapping;
 pub mod message;
 mod mover;

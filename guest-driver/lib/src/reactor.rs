@@ -6,10 +6,13 @@
 
 use crate::error::Error;
 use crate::fork::Process;
+use crate::lifeline::{Lifeline, Lifelines};
+use crate::ram::DmaBuffer;
 use crate::sync::lock;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, Weak};
 
 /// Somebody who has descriptors watched.
@@ -21,6 +24,7 @@ pub(crate) trait Source: Send + Sync {
 /// The thread and what it watches.
 pub(crate) struct Reactor {
     epoll: Epoll,
+    lifelines: Lifelines,
     sources: Mutex<Sources>,
 }
 
@@ -61,17 +65,33 @@ impl Reactor {
         let process = Process::current();
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Error::errno("make an epoll instance"))?;
-        let reactor = Arc::new(Reactor { epoll, sources: Mutex::default() });
+        let (tell, told) = channel();
+        let reactor = Arc::new(Reactor { epoll, lifelines: Lifelines::default(), sources: Mutex::default() });
         let thread = reactor.clone();
         std::thread::Builder::new()
             .name("dmbridge".into())
-            .spawn(move || thread.run())
+            .spawn(move || {
+                thread.lifelines.adopt();
+                let _ = tell.send(());
+                thread.run();
+            })
             .map_err(Error::os("start a thread"))?;
+        let _ = told.recv();
         if let Some((_, inherited)) = current.replace((process, reactor.clone())) {
             // A lock in it may be held by a thread that is not here.
             std::mem::forget(inherited);
         }
         Ok(reactor)
+    }
+
+    /// A word in this memory that says as long as it is kept whether this process lives.
+    pub(crate) fn lifeline(self: &Arc<Reactor>, memory: DmaBuffer) -> Lifeline {
+        Lifeline::new(self.clone(), memory)
+    }
+
+    /// Whose end the lifelines tell.
+    pub(crate) fn lifelines(&self) -> &Lifelines {
+        &self.lifelines
     }
 
     /// Adds a source, with nothing to watch yet.

@@ -166,9 +166,18 @@ impl Machine {
     ///
     /// As for [`wait_until_booted`](Self::wait_until_booted).
     pub fn reset(&mut self) -> Result<(), String> {
-        self.agent.guest_is_gone();
-        self.qmp.command("system_reset", serde_json::json!({}))?;
+        self.press_reset()?;
         self.wait_until_booted()
+    }
+
+    /// Presses the reset button.
+    ///
+    /// # Errors
+    ///
+    /// QEMU's own.
+    pub fn press_reset(&mut self) -> Result<(), String> {
+        self.agent.guest_is_gone();
+        self.qmp.command("system_reset", serde_json::json!({})).map(|_| ())
     }
 
     /// Kills QEMU, as `kill -9` does.

@@ -250,6 +250,8 @@ fn describe(event: &Event) -> Value {
             json!({ "event": "gone", "gid": text(gid), "reason": format!("{reason:?}") })
         }
         Event::Rendezvous { gid, tag, .. } => json!({ "event": "rendezvous", "gid": text(gid), "tag": tag }),
+        Event::DevicePaused { gid } => json!({ "event": "paused", "gid": text(gid) }),
+        Event::DeviceResumed { gid } => json!({ "event": "resumed", "gid": text(gid) }),
         Event::Software { from, code, info } => {
             json!({ "event": "software", "gid": text(from), "code": code, "info": info })
         }

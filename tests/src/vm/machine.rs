@@ -143,6 +143,12 @@ impl Vm {
         self.expect(booted);
     }
 
+    /// Presses the reset button.
+    pub fn press_reset(&mut self) {
+        let pressed = self.machine.press_reset();
+        self.expect(pressed);
+    }
+
     /// Unplugs the device that `run-qemu` gave for the socket with this number, and waits until the guest has let go.
     pub fn unplug(&mut self, number: usize) {
         self.machine.monitor().forget("DEVICE_DELETED");

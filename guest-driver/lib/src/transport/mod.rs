@@ -55,6 +55,12 @@ pub(crate) trait Transport: Send + Sync {
     /// something to serve.
     fn requests(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Whether the device does not hear by itself that this process has ended, and has to be told how to find out
+    /// (`docs/device.md`, 6.9).
+    fn is_deaf(&self) -> bool {
+        false
+    }
+
     /// Does what the device asks of its front-end, as far as it has asked; does not block.
     fn serve(&self) -> Result<(), Error>;
 }

@@ -172,6 +172,11 @@ impl Transport for Pci {
         lock(&self.alive).take();
     }
 
+    fn is_deaf(&self) -> bool {
+        // The VMM stops the device then, as it does when the virtual machine is paused.
+        true
+    }
+
     fn requests(&self) -> Option<BorrowedFd<'_>> {
         Some(self.interrupt.as_fd())
     }
