@@ -1281,6 +1281,17 @@ impl Conn {
         (how == libc::SHUT_RDWR).then_some(libc::SHUT_RD)
     }
 
+    /// This process closes its last descriptor: the peer is told how far it has read, and nothing is left unread that would
+    /// make the kernel reset the connection.
+    pub fn leave(&self, fd: c_int) {
+        if self.rx_on_ring() {
+            self.settle(fd);
+            if !self.has_data() {
+                self.eat(fd);
+            }
+        }
+    }
+
     /// The last descriptor of all processes is being closed. True: the kernel is to reset the connection, as it does when
     /// data was not read.
     pub fn close(&self, fd: c_int) -> bool {

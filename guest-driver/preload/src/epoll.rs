@@ -206,8 +206,13 @@ impl Set {
         });
     }
 
-    /// The instance was closed.
-    pub fn close(&self) {
+    /// The instance was closed. What was registered with it is not any more.
+    pub fn close(&self, epoll: c_int) {
+        for (_, entry) in table::all() {
+            if let Some(registrations) = entry.registrations() {
+                registrations.with(|inner| inner.list.retain(|r| r.epoll != epoll));
+            }
+        }
         self.with_hot(Vec::clear);
         self.converted.store(0, Ordering::Release);
         let bell = self.bell.swap(0, Ordering::AcqRel);

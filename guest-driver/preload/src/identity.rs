@@ -57,47 +57,66 @@ impl Identity {
         Some(key)
     }
 
-    /// Asks the kernel for the socket with these addresses the other way round (`include/uapi/linux/inet_diag.h`).
+    /// The socket at the other end.
     fn other_cookie(&self) -> Option<u64> {
-        const REQUEST: usize = 16 + 56;
-        let mut request = [0u8; REQUEST];
-        request[..4].copy_from_slice(&(REQUEST as u32).to_ne_bytes());
-        request[4..6].copy_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-        request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
-        request[16] = self.family;
-        request[17] = libc::IPPROTO_TCP as u8;
-        request[20..24].copy_from_slice(&u32::MAX.to_ne_bytes());
-        request[24..26].copy_from_slice(&self.remote.1.to_be_bytes());
-        request[26..28].copy_from_slice(&self.local.1.to_be_bytes());
-        request[28..44].copy_from_slice(&self.remote.0);
-        request[44..60].copy_from_slice(&self.local.0);
-        request[60..64].copy_from_slice(&self.device.to_ne_bytes());
-        // Any cookie.
-        request[64..72].copy_from_slice(&[0xff; 8]);
+        ask(self.family, self.remote, self.local, self.device).map(|socket| socket.cookie)
+    }
 
-        let mut answer = [0u8; 512];
-        // SAFETY: a socket of our own, and buffers with their lengths.
-        let len = unsafe {
-            let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
-            if fd < 0 {
-                return None;
-            }
-            let sent = real::send(fd, request.as_ptr().cast(), request.len(), 0);
-            let len = if sent == REQUEST as isize {
-                errno::outcome(real::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0)).unwrap_or(0)
-            } else {
-                0
-            };
-            real::close(fd);
-            len
-        };
-        let kind = u16::from_ne_bytes([answer[4], answer[5]]);
-        // Header, then inet_diag_msg: family, state, timer, retrans, and the socket's id, which ends with its cookie.
-        if len < 16 + 4 + 48 || kind != SOCK_DIAG_BY_FAMILY {
+    /// Whether some process still has a descriptor of this end.
+    pub fn is_open(&self) -> bool {
+        ask(self.family, self.local, self.remote, self.device)
+            .is_some_and(|socket| socket.cookie == self.cookie && socket.inode != 0)
+    }
+}
+
+/// What the kernel says of a socket.
+struct Socket {
+    cookie: u64,
+    /// 0: no process has a descriptor of it.
+    inode: u32,
+}
+
+/// Asks the kernel for the socket with these addresses (`include/uapi/linux/inet_diag.h`).
+fn ask(family: u8, own: ([u8; 16], u16), other: ([u8; 16], u16), device: u32) -> Option<Socket> {
+    const REQUEST: usize = 16 + 56;
+    let mut request = [0u8; REQUEST];
+    request[..4].copy_from_slice(&(REQUEST as u32).to_ne_bytes());
+    request[4..6].copy_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    request[16] = family;
+    request[17] = libc::IPPROTO_TCP as u8;
+    request[20..24].copy_from_slice(&u32::MAX.to_ne_bytes());
+    request[24..26].copy_from_slice(&own.1.to_be_bytes());
+    request[26..28].copy_from_slice(&other.1.to_be_bytes());
+    request[28..44].copy_from_slice(&own.0);
+    request[44..60].copy_from_slice(&other.0);
+    request[60..64].copy_from_slice(&device.to_ne_bytes());
+    // Any cookie.
+    request[64..72].copy_from_slice(&[0xff; 8]);
+
+    let mut answer = [0u8; 512];
+    // SAFETY: a socket of our own, and buffers with their lengths.
+    let len = unsafe {
+        let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+        if fd < 0 {
             return None;
         }
-        Some(u64::from_ne_bytes(std::array::from_fn(|i| answer[16 + 4 + 40 + i])))
+        let sent = real::send(fd, request.as_ptr().cast(), request.len(), 0);
+        let len = if sent == REQUEST as isize {
+            errno::outcome(real::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0)).unwrap_or(0)
+        } else {
+            0
+        };
+        real::close(fd);
+        len
+    };
+    let kind = u16::from_ne_bytes([answer[4], answer[5]]);
+    // Header, then inet_diag_msg: family, state, timer, retrans, and the socket's id, which ends with its cookie.
+    if len < 16 + 4 + 48 + 20 || kind != SOCK_DIAG_BY_FAMILY {
+        return None;
     }
+    let inode = u32::from_ne_bytes(std::array::from_fn(|i| answer[16 + 4 + 48 + 16 + i]));
+    Some(Socket { cookie: u64::from_ne_bytes(std::array::from_fn(|i| answer[16 + 4 + 40 + i])), inode })
 }
 
 type GetAddress = unsafe extern "C" fn(c_int, *mut libc::sockaddr, *mut socklen_t) -> c_int;

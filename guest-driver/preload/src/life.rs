@@ -148,21 +148,23 @@ fn closing(fd: c_int) {
     }
     errno::keep(|| {
         if let (Kind::Epoll, Some(set)) = (kind, entry.set()) {
-            set.close();
+            set.close(fd);
         }
         let conn = entry.conn().map(|conn| (entry.conn_index(), conn));
         if let Some(registrations) = entry.registrations() {
             registrations.clear();
         }
         entry.set_kind(Kind::Other);
-        if let Some((index, conn)) = conn
-            && arena::remove_descriptor(index)
-            && conn.remove_ref()
-        {
+        let Some((index, conn)) = conn.filter(|(index, _)| arena::remove_descriptor(*index)) else { return };
+        if conn.remove_ref() {
             if conn.close(fd) {
                 tcp::reset_at_close(fd);
             }
             service::closed(index, conn);
+        } else {
+            // Other processes go on, or have ended without a word.
+            conn.leave(fd);
+            service::left(index);
         }
     });
 }
@@ -487,11 +489,28 @@ impl Entry {
     }
 }
 
-/// The kernel's word for a process that ends by itself: what it sent through rings is counted.
+/// The process ends by itself: the kernel closes for it what is open.
 pub extern "C" fn at_exit() {
-    for (_, conn) in arena::of_this_process().filter(|(_, conn)| conn.refs() == 1) {
-        let (sent, received) = conn.bytes();
-        stats::get().bytes_sent.fetch_add(sent, Ordering::Relaxed);
-        stats::get().bytes_received.fetch_add(received, Ordering::Relaxed);
+    if service::is_borrowed() {
+        return;
     }
+    for (fd, _) in table::all().filter(|(_, entry)| entry.kind() == Kind::Conn) {
+        closing(fd);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn _exit(code: c_int) -> ! {
+    at_exit();
+    // SAFETY: ends the process.
+    unsafe {
+        libc::syscall(libc::SYS_exit_group, code);
+    }
+    std::process::abort()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn _Exit(code: c_int) -> ! {
+    // SAFETY: as above.
+    unsafe { _exit(code) }
 }

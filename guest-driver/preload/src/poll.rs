@@ -63,9 +63,12 @@ fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
         many.resize(fds.len(), few[0]);
         &mut many[..]
     };
-    let only_moved = fds.iter().all(|at| at.fd < 0 || moved(at.fd).is_some());
     let mut start = None;
     loop {
+        // Whether the kernel has nothing to add.
+        let only_moved = fds
+            .iter()
+            .all(|at| at.fd < 0 || moved(at.fd).is_some_and(|conn| conn.readiness(at.fd).1 & at.events == 0));
         let ready = look(fds);
         if ready != 0 && only_moved {
             return ready;

@@ -40,6 +40,8 @@ enum Task {
     Find { index: u32, life: u32, fd: c_int, identity: Identity },
     /// The last descriptor was closed.
     Closed { index: u32 },
+    /// The last descriptor of this process was closed.
+    Left { index: u32 },
 }
 
 struct Queue {
@@ -85,7 +87,7 @@ fn send(task: Task) -> bool {
     let current = unsafe { &mut *SERVICE.queue.get() };
     let pid = PID.load(Ordering::Relaxed);
     if current.as_ref().is_none_or(|(of, _)| *of != pid) {
-        if matches!(task, Task::Closed { .. }) {
+        if !matches!(task, Task::Find { .. }) {
             return false;
         }
         // A parent's queue is left as it is: a lock in it may be held by a thread that is not here.
@@ -197,6 +199,11 @@ pub fn closed(index: u32, conn: &Conn) {
     }
 }
 
+/// The last descriptor of this process was closed; others may have some.
+pub fn left(index: u32) {
+    send(Task::Left { index });
+}
+
 /// Two ends that are about to meet.
 struct Meeting {
     index: u32,
@@ -205,11 +212,15 @@ struct Meeting {
     key: Key,
     large: bool,
     since: Instant,
+    identity: Identity,
     dmb: Option<Dmb>,
 }
 
 /// What keeps a connection's rings.
 struct Held {
+    identity: Identity,
+    /// This process has no descriptor of it any more.
+    left: bool,
     _local: Dmb,
     _remote: RemoteDmb,
 }
@@ -235,6 +246,11 @@ impl Worker {
                 match task {
                     Some(Task::Find { index, life, fd, identity }) => self.find(index, life, fd, &identity),
                     Some(Task::Closed { index }) => self.closed(index),
+                    Some(Task::Left { index }) => {
+                        if let Some(held) = self.held.get_mut(&index) {
+                            held.left = true;
+                        }
+                    }
                     None => break,
                 }
             }
@@ -248,7 +264,7 @@ impl Worker {
         let events = self.device.as_ref().map_or(-1, |(_, events)| events.as_fd().as_raw_fd());
         let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut fds = [watch(self.queue.bell.as_raw_fd()), watch(events)];
-        let shared = self.held.keys().any(|i| arena::conn(*i).is_some_and(|conn| conn.refs() > 1));
+        let shared = self.held.values().any(|held| held.left);
         let timeout = match (self.meetings.is_empty(), shared) {
             (false, _) => 200,
             (true, true) => 1000,
@@ -304,7 +320,9 @@ impl Worker {
         self.next = self.next.wrapping_add(1);
         let tag = self.next;
         let large = tcp::received(fd).is_some_and(|bytes| bytes >= MUCH);
-        self.meetings.insert(tag, Meeting { index, life, fd, key, large, since: Instant::now(), dmb: None });
+        let meeting =
+            Meeting { index, life, fd, key, large, since: Instant::now(), identity: *identity, dmb: None };
+        self.meetings.insert(tag, meeting);
         let mut payload = [0u8; 32];
         payload[..4].copy_from_slice(&tag.to_le_bytes());
         payload[4] = VERSION;
@@ -363,7 +381,7 @@ impl Worker {
             _ => return self.fail(tag, &stats::get().no_memory),
         };
         let plan = CopyPlan::from_bytes(device.config().copy_plan);
-        let Some(Meeting { index, life, fd, .. }) = self.meetings.remove(&tag) else { return };
+        let Some(Meeting { index, life, fd, identity, .. }) = self.meetings.remove(&tag) else { return };
         let Some(conn) = arena::conn(index) else { return };
         if conn.life.load(Ordering::Relaxed) != life || table::conn(fd).is_none_or(|c| !std::ptr::eq(c, conn))
         {
@@ -383,7 +401,7 @@ impl Worker {
             line: remote.line_address(),
             plan,
         };
-        self.held.insert(index, Held { _local: dmb, _remote: remote });
+        self.held.insert(index, Held { identity, left: false, _local: dmb, _remote: remote });
         // Who is told by the kernel from now on has to be told in our words.
         for (fd, entry) in table::all() {
             if entry.conn().is_some_and(|c| std::ptr::eq(c, conn)) {
@@ -444,8 +462,12 @@ impl Worker {
 
     /// Takes back what other processes closed last.
     fn reap(&mut self) {
-        let orphan = |i: &u32| arena::conn(*i).is_some_and(|conn| conn.state() == State::Orphan);
-        for index in self.held.keys().copied().filter(orphan).collect::<Vec<_>>() {
+        let orphan = |(i, held): (&u32, &Held)| {
+            let closed = arena::conn(*i).is_some_and(|conn| conn.state() == State::Orphan);
+            // A process that was killed said nothing; the kernel knows.
+            (closed || (held.left && !held.identity.is_open())).then_some(*i)
+        };
+        for index in self.held.iter().filter_map(orphan).collect::<Vec<_>>() {
             self.closed(index);
         }
     }
