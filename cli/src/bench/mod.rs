@@ -98,12 +98,18 @@ pub fn run(args: Args) -> Result<()> {
         opened.map_err(|error| usage(format!("{} cannot be written: {error}", file.display())))?;
     }
 
-    let parts = args.vms.then(|| Parts::find(&mut transports)).transpose()?;
-    run.machine.guests = parts.as_ref().map(|parts| parts.guests().clone());
-    // Some transports may turn out not to be there.
+    // It may take minutes, and whoever interrupts it ends it too: the folder's signals are not taken yet.
+    let parts = args.vms.then(|| Parts::find(&transports)).transpose()?;
+    let scratch = Scratch::new(transport::remove_leftovers)?;
+    let vms = parts.map(|parts| Vms::boot(parts, &scratch)).transpose()?;
+    if let Some(vms) = &vms {
+        // Some transports may turn out not to be there.
+        transports.retain(|transport| vms.have(*transport));
+        run.machine.guests = Some(vms.guests().clone());
+    }
     let lines = plan::lines(&cases, &transports, run.machine.cpus);
 
-    let mut bench = Bench::new(&args, &run.machine, &lines, parts.as_ref())?;
+    let mut bench = Bench::new(&args, &run.machine, &lines, scratch, vms)?;
     bench.measure(&mut run, &lines)?;
     if cases.contains(&Case::Patterns) {
         bench.patterns(&mut run, &transports)?;
@@ -205,12 +211,13 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(args: &Args, machine: &Machine, lines: &[Line], parts: Option<&Parts>) -> Result<Bench> {
-        let scratch = Scratch::new(transport::remove_leftovers)?;
-        if parts.is_some() {
-            eprintln!("booting two virtual machines");
-        }
-        let vms = parts.map(|parts| Vms::boot(parts, &scratch)).transpose()?;
+    fn new(
+        args: &Args,
+        machine: &Machine,
+        lines: &[Line],
+        scratch: Scratch,
+        vms: Option<Vms>,
+    ) -> Result<Bench> {
         let used: HashSet<Transport> =
             lines.iter().flat_map(|line| line.transports.iter().copied()).collect();
         let ours =
@@ -254,7 +261,7 @@ impl Bench {
                     match (measurement::run(&job, self.vms.as_ref()), &mut run.machine.guests) {
                         (Ok(outcome), _) => outcomes.push(outcome),
                         // What others put between guests is not worth the rest of a run that takes many minutes.
-                        (Err(error), Some(guests)) if *transport == Transport::Vsock => {
+                        (Err(error), Some(guests)) if !transport.is_ours() => {
                             failed.push(*transport);
                             guests.not_measured.push(format!("{}: {}", what(), first_line(&error)));
                         }

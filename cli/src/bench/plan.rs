@@ -91,6 +91,8 @@ pub enum Transport {
     Iceoryx2,
     /// UCX over shared memory and CMA, measured by ucx_perftest
     Ucx,
+    /// AF_SMC sockets of two virtual machines' kernels, over dmbridge by its kernel module
+    AfSmc,
     /// AF_VSOCK stream sockets between two virtual machines, through vhost-device-vsock
     Vsock,
     /// Limit: one core copies the same bytes
@@ -302,6 +304,7 @@ impl Transport {
                 | DmbridgeDirect
                 | EngineCpu
                 | EngineCpuNode
+                | AfSmc
         )
     }
 
@@ -324,7 +327,7 @@ impl Transport {
         use Transport::*;
         match self {
             DmbridgeMap | DmbridgeInplace | DmbridgeMove | Tcp => true,
-            Vsock => place == Place::Vms,
+            AfSmc | Vsock => place == Place::Vms,
             DmbridgeSmc | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
                 place == Place::Host
             }
@@ -336,22 +339,19 @@ impl Transport {
     pub fn can_do(self, work: Work, cpus: usize) -> bool {
         use Transport::*;
         match work {
+            // They are sockets as TCP's are.
+            _ if matches!(self, AfSmc | Vsock) => Tcp.can_do(work, cpus),
             Work::PingPong { wait: Wait::Poll, bytes } => match self {
                 // The device has to run too, beside two processes that never sleep.
                 DmbridgeMove => cpus > 2,
-                DmbridgeMap | DmbridgeSmc | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock | Ring => true,
+                DmbridgeMap | DmbridgeSmc | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Ring => true,
                 Cacheline => bytes <= 56,
-                DmbridgeInplace | Memcpy | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
-                    false
-                }
+                _ => false,
             },
             // Its own program knows no silence.
             Work::PingPong { wait: Wait::Silence, .. } if self == Ucx => false,
             Work::PingPong { .. } => {
-                matches!(
-                    self,
-                    DmbridgeMap | DmbridgeSmc | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx | Vsock
-                )
+                matches!(self, DmbridgeMap | DmbridgeSmc | DmbridgeMove | Tcp | Uds | Pipe | Iceoryx2 | Ucx)
             }
             Work::Stream { .. } => {
                 matches!(
@@ -364,7 +364,6 @@ impl Transport {
                         | Pipe
                         | Iceoryx2
                         | Ucx
-                        | Vsock
                         | Ring
                         | Memcpy
                 )
@@ -376,21 +375,12 @@ impl Transport {
                 )
             }
             Work::Produce { .. } => {
-                matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Vsock | Ring)
+                matches!(self, DmbridgeMap | DmbridgeInplace | Tcp | Uds | Pipe | Iceoryx2 | Ring)
             }
             Work::Move { .. } => {
                 matches!(
                     self,
-                    DmbridgeMap
-                        | DmbridgeMove
-                        | EngineCpu
-                        | EngineCpuNode
-                        | Tcp
-                        | Uds
-                        | Pipe
-                        | Ucx
-                        | Vsock
-                        | Memcpy
+                    DmbridgeMap | DmbridgeMove | EngineCpu | EngineCpuNode | Tcp | Uds | Pipe | Ucx | Memcpy
                 )
             }
         }

@@ -38,6 +38,8 @@ const MTU: u32 = 65535;
 const MEMORY: u32 = 512;
 /// CPUs of each: two guests with one are all that two cores can run.
 const CPUS: u32 = 1;
+/// The kernel module's file in a guest.
+const MODULE: &str = "/lib/dmbridge.ko";
 /// How long a command of the set-up may take.
 const COMMAND: Duration = Duration::from_secs(60);
 /// How long vhost-device-vsock may take to start.
@@ -88,66 +90,95 @@ impl fmt::Display for Guests {
 /// What guests are made of. Found or made before anything is started, because it may take minutes.
 pub struct Parts {
     provisioned: Provisioned,
-    vsock: Option<PathBuf>,
-    guests: Guests,
+    transports: Vec<Transport>,
 }
 
 impl Parts {
-    /// Finds or makes what these transports need, and leaves out of them what cannot be had.
-    pub fn find(transports: &mut Vec<Transport>) -> Result<Parts> {
-        let wanted = transports.contains(&Transport::Vsock);
-        let provisioned =
-            Provisioned::find(if wanted { &["--vsock"] } else { &[] }).map_err(anyhow::Error::msg)?;
-        let get = |what| provisioned.get(what).map_err(anyhow::Error::msg);
-        let vsock = provisioned.get("VHOST_DEVICE_VSOCK").ok().map(PathBuf::from);
-        let mut not_measured = Vec::new();
-        if wanted && vsock.is_none() {
-            transports.retain(|transport| *transport != Transport::Vsock);
-            not_measured.push(
-                "vsock: vhost-device-vsock is not installed and could not be built (cargo install vhost-device-vsock)"
-                    .to_owned(),
-            );
-        }
-        let version = Command::new(get("QEMU")?).arg("--version").output().context("QEMU does not start")?;
-        let version = String::from_utf8_lossy(&version.stdout).into_owned();
-        let guests = Guests {
-            accelerator: get("ACCEL")?.to_uppercase(),
-            // "QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1)"
-            qemu: version.split_whitespace().nth(3).unwrap_or("?").to_owned(),
-            kernel: format!("Linux {}", get("KERNEL_RELEASE")?),
-            cpus: CPUS,
-            memory_bytes: u64::from(MEMORY) << 20,
-            mtu: MTU,
-            not_measured,
-        };
-        Ok(Parts { provisioned, vsock: vsock.filter(|_| wanted), guests })
+    /// Finds or makes what these transports need.
+    pub fn find(transports: &[Transport]) -> Result<Parts> {
+        let options: &[&str] = if transports.contains(&Transport::Vsock) { &["--vsock"] } else { &[] };
+        let provisioned = Provisioned::find(options).map_err(anyhow::Error::msg)?;
+        Ok(Parts { provisioned, transports: transports.to_vec() })
+    }
+
+    fn get(&self, what: &str) -> Result<&str> {
+        self.provisioned.get(what).map_err(anyhow::Error::msg)
     }
 
     /// What the guests will be.
-    pub fn guests(&self) -> &Guests {
-        &self.guests
+    fn guests(&self) -> Result<Guests> {
+        let version =
+            Command::new(self.get("QEMU")?).arg("--version").output().context("QEMU does not start")?;
+        let version = String::from_utf8_lossy(&version.stdout).into_owned();
+        Ok(Guests {
+            accelerator: self.get("ACCEL")?.to_uppercase(),
+            // "QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1)"
+            qemu: version.split_whitespace().nth(3).unwrap_or("?").to_owned(),
+            kernel: format!("Linux {}", self.get("KERNEL_RELEASE")?),
+            cpus: CPUS,
+            memory_bytes: u64::from(MEMORY) << 20,
+            mtu: MTU,
+            not_measured: Vec::new(),
+        })
     }
 }
 
 /// The two, booted. They end when this is dropped.
 pub struct Vms {
     machines: [Machine; 2],
+    guests: Guests,
+    /// What is there beside TCP and the device of user space.
+    extras: Vec<Transport>,
     _daemon: Daemon,
     _vsock: Option<BoundChild>,
 }
 
 impl Vms {
-    /// Boots them.
-    pub fn boot(parts: &Parts, scratch: &Scratch) -> Result<Vms> {
-        let image = image(&parts.provisioned, scratch)?;
-        let sockets = NAMES.map(|name| scratch.file(&format!("{name}.sock")));
-        let daemon = Daemon::with_sockets(scratch, &sockets)?;
-        let vsock = parts.vsock.as_deref().map(|program| start_vsock(program, scratch)).transpose()?;
+    /// Boots them, with what the transports need: a device of its own for the library, and one for the kernel module.
+    pub fn boot(parts: Parts, scratch: &Scratch) -> Result<Vms> {
+        eprintln!("booting two virtual machines");
+        let (mut guests, mut extras) = (parts.guests()?, Vec::new());
+        let mut files = program(scratch)?;
+        if parts.transports.contains(&Transport::AfSmc) {
+            match parts.provisioned.kernel_module(&scratch.file("module")) {
+                Ok(module) => {
+                    files.push((module, MODULE));
+                    extras.push(Transport::AfSmc);
+                }
+                Err(error) => guests.not_measured.push(format!("af-smc: {error}")),
+            }
+        }
+        let mut vsock = None;
+        if parts.transports.contains(&Transport::Vsock) {
+            match parts.get("VHOST_DEVICE_VSOCK") {
+                Ok(program) => {
+                    vsock = Some(start_vsock(Path::new(program), scratch)?);
+                    extras.push(Transport::Vsock);
+                }
+                Err(_) => guests.not_measured.push(
+                    "vsock: vhost-device-vsock is not installed and could not be built (cargo install \
+                     vhost-device-vsock)"
+                        .to_owned(),
+                ),
+            }
+        }
+        let image = scratch.file("guest.cpio");
+        let files: Vec<_> = files.iter().map(|(file, place)| (file.as_path(), *place)).collect();
+        parts.provisioned.guest_image(&image, &files).map_err(anyhow::Error::msg)?;
+
+        let with_kernel = extras.contains(&Transport::AfSmc);
+        let devices: &[&str] = if with_kernel { &["user", "kernel"] } else { &["user"] };
+        let sockets = NAMES.map(|name| {
+            devices.iter().map(|use_| scratch.file(&format!("{name}-{use_}.sock"))).collect::<Vec<_>>()
+        });
+        let daemon = Daemon::with_sockets(scratch, &sockets.concat())?;
         let start = |number: usize| {
             let mut options = MachineOptions::new(NAMES[number], &image)
-                .device(&sockets[number])
                 .option("--memory", &format!("{MEMORY}M"))
                 .option("--cpus", &CPUS.to_string());
+            for socket in &sockets[number] {
+                options = options.device(socket);
+            }
             for (option, value) in network(number, scratch) {
                 options = options.qemu(option, &value);
             }
@@ -161,15 +192,21 @@ impl Vms {
         };
         let machines = [start(0)?, start(1)?];
         for (number, machine) in machines.iter().enumerate() {
-            let up = format!(
-                "ip address add {}/24 dev eth0; ip link set eth0 mtu {MTU} up; {}",
-                ADDRESSES[number],
-                if vsock.is_some() { "modprobe vmw_vsock_virtio_transport" } else { "" }
-            );
-            let ready = machine.wait_until_booted().and_then(|()| machine.shell(&up, COMMAND));
+            let ready =
+                machine.wait_until_booted().and_then(|()| machine.shell(&set_up(number, &extras), COMMAND));
             ready.map_err(|error| anyhow!(machine.explain(&error)))?;
         }
-        Ok(Vms { machines, _daemon: daemon, _vsock: vsock })
+        Ok(Vms { machines, guests, extras, _daemon: daemon, _vsock: vsock })
+    }
+
+    /// What they are.
+    pub fn guests(&self) -> &Guests {
+        &self.guests
+    }
+
+    /// Whether the transport can be measured in them.
+    pub fn have(&self, transport: Transport) -> bool {
+        !matches!(transport, Transport::AfSmc | Transport::Vsock) || self.extras.contains(&transport)
     }
 
     /// Where measurements in them are.
@@ -246,16 +283,30 @@ fn listen(mut running: Running, patience: Duration, tell: impl Fn(Heard) -> bool
     }
 }
 
-/// A guest image with this program as both agent and worker.
-fn image(provisioned: &Provisioned, scratch: &Scratch) -> Result<PathBuf> {
-    let (image, agent) = (scratch.file("guest.cpio"), scratch.file("agent"));
+/// Files for the guests: this program as both agent and worker.
+fn program(scratch: &Scratch) -> Result<Vec<(PathBuf, &'static str)>> {
+    let agent = scratch.file("agent");
     std::fs::write(&agent, format!("#!/bin/sh\nexec dmbridge {AGENT}\n"))?;
     std::fs::set_permissions(&agent, Permissions::from_mode(0o755))?;
     let program = std::env::current_exe().context("this program cannot find its own file")?;
-    let files =
-        [(program.as_path(), "/usr/bin/dmbridge"), (agent.as_path(), "/usr/bin/dmbridge-guest-agent")];
-    provisioned.guest_image(&image, &files).map_err(anyhow::Error::msg)?;
-    Ok(image)
+    Ok(vec![(program, "/usr/bin/dmbridge"), (agent, "/usr/bin/dmbridge-guest-agent")])
+}
+
+/// What is typed in a guest before anything can be measured.
+fn set_up(number: usize, extras: &[Transport]) -> String {
+    let mut words =
+        format!("ip address add {}/24 dev eth0; ip link set eth0 mtu {MTU} up\n", ADDRESSES[number]);
+    if extras.contains(&Transport::Vsock) {
+        words += "modprobe vmw_vsock_virtio_transport\n";
+    }
+    if extras.contains(&Transport::AfSmc) {
+        // The first device is for the library, so the module must not find it.
+        words += "for device in /sys/bus/pci/drivers/virtio-pci/*; do\n\
+                  if grep -q -e 0x1065 -e 0x106c \"$device/device\" 2>/dev/null; then\n\
+                  basename \"$device\" >/sys/bus/pci/drivers/virtio-pci/unbind; break; fi; done\n";
+        words += &format!("dmbridge guest-setup --module {MODULE}\n");
+    }
+    words
 }
 
 /// QEMU's options for a network card whose cable ends at the other machine's.

@@ -63,6 +63,31 @@ impl Provisioned {
         self.0.get(what).map(String::as_str).ok_or_else(|| format!("provision says nothing of {what}"))
     }
 
+    /// Builds the kernel module of `guest-driver/kernel` for the guests' kernel in this folder, if what is there is older
+    /// than its source; its file. Whoever builds in the same folder at the same time takes turns.
+    ///
+    /// # Errors
+    ///
+    /// If it does not build; with what `make` said.
+    pub fn kernel_module(&self, folder: &Path) -> Result<PathBuf, String> {
+        let makefile = script("../guest-driver/kernel/Makefile")?;
+        let source = makefile.parent().unwrap_or(&makefile);
+        std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        let output = Command::new("flock")
+            .arg(folder.join(".lock"))
+            .args(["sh", "-ec"])
+            .arg("cp -ru \"$0\"/. .; make --silent KERNEL_HEADERS=\"$1\"; strip --strip-debug dmbridge.ko")
+            .args([source, Path::new(self.get("KERNEL_HEADERS")?)])
+            .current_dir(folder)
+            .output()
+            .map_err(|error| format!("flock: {error}"))?;
+        if output.status.success() {
+            return Ok(folder.join("dmbridge.ko"));
+        }
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Err(format!("the kernel module does not build (make and gcc have to be installed): {said}"))
+    }
+
     /// Makes a guest image of the base image and these files, each with its place in the guest.
     ///
     /// # Errors

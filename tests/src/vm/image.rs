@@ -13,7 +13,8 @@ pub fn script(name: &str) -> PathBuf {
     scripts::script(name).unwrap_or_else(|error| panic!("{error}"))
 }
 
-fn found() -> &'static Provisioned {
+/// What `qemu-scripts/provision` found or made.
+pub fn found() -> &'static Provisioned {
     static FOUND: OnceLock<Provisioned> = OnceLock::new();
     FOUND.get_or_init(|| Provisioned::find(&[]).unwrap_or_else(|error| panic!("{error}")))
 }

@@ -1,38 +1,18 @@
 //! The kernel module of `guest-driver/kernel`, built for the guests' kernel, and guests that have loaded it.
 
-use super::image::provisioned;
+use super::image::found;
 use super::{Vm, VmOptions};
-use crate::build::{build, profile, workspace};
+use crate::build::{build, profile};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 
 /// The module's file, built once per test program and only if its source has changed.
 pub fn module() -> &'static Path {
     static MODULE: OnceLock<PathBuf> = OnceLock::new();
     MODULE.get_or_init(|| {
-        let folder = profile().join("guest-kernel-module");
-        let source = workspace().join("guest-driver/kernel");
-        fs::create_dir_all(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-        // Test programs that run at the same time build one after the other; make itself sees what is new.
-        let output = Command::new("flock")
-            .arg(folder.join(".lock"))
-            .args([
-                "sh",
-                "-ec",
-                "cp -ru \"$0\"/. .; make --silent KERNEL_HEADERS=\"$1\"; strip --strip-debug dmbridge.ko",
-            ])
-            .args([&source, &PathBuf::from(provisioned("KERNEL_HEADERS"))])
-            .current_dir(&folder)
-            .output()
-            .unwrap_or_else(|error| panic!("flock: {error}"));
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success(),
-            "the kernel module does not build (make and gcc have to be installed):\n{text}"
-        );
-        folder.join("dmbridge.ko")
+        let module = found().kernel_module(&profile().join("guest-kernel-module"));
+        module.unwrap_or_else(|error| panic!("{error}"))
     })
 }
 

@@ -40,7 +40,9 @@ const CHOSEN: [(&str, &str, f64); 5] = [
 ];
 
 /// What it promises between two virtual machines: of the library what AF_SMC has to reach too.
-const VM_PROMISES: [Promise; 5] = [
+const VM_PROMISES: [Promise; 7] = [
+    promise("AF_SMC, 14 bytes one way", "latency-14-sleep", AfSmc, Tcp, 0.5, 0.2),
+    promise("AF_SMC, stream of 64 KiB writes", "stream-64k", AfSmc, Tcp, 2.0, 5.0),
     promise("14 bytes one way, both polling", "latency-14", DmbridgeMap, Tcp, 0.5, 0.2),
     promise("14 bytes one way, receiver asleep", "latency-14-sleep", DmbridgeMap, Tcp, 0.5, 0.2),
     promise("stream of 64 KiB writes", "stream-64k", DmbridgeMap, Tcp, 2.0, 5.0),

@@ -1,5 +1,6 @@
 //! What carries the bytes, behind traits that are as small as the cases allow, so that each case is written once.
 
+mod af_smc;
 mod cacheline;
 mod dmbridge;
 mod fd;
@@ -60,6 +61,7 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.transport {
         Transport::Tcp => over_copies(worker, tcp::connect),
         Transport::Uds => over_copies(worker, uds::connect),
+        Transport::AfSmc => over_copies(worker, af_smc::connect),
         Transport::Vsock => over_copies(worker, vsock::connect),
         Transport::Pipe => over_copies(worker, pipe::connect),
         Transport::Ring => over_copies(worker, ring::connect),
