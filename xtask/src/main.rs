@@ -83,6 +83,9 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
     let binaries = build_release(&[])?;
     // The guests' kernel module is built for Debian's kernel, with its objtool.
     run::debian_package("make", "make")?;
+    // A program in C, and the header in C++, are compiled against what the library for C installs.
+    run::debian_package("pkg-config", "pkg-config")?;
+    run::debian_package("c++", "g++")?;
     run::debian_file("/usr/lib/x86_64-linux-gnu/libelf.so.1", "libelf1")?;
     Step::new("Finding or making what virtual machines need (the first time it takes some minutes)").run(
         Command::new(run::workspace().join("qemu-scripts/provision")).arg("--programs").stdout(Stdio::null()),

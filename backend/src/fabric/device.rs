@@ -10,7 +10,7 @@ use crate::topology::Topology;
 use dmbridge_proto::ids::{ExtentId, Gid, Token};
 use dmbridge_proto::line::LineStats;
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, HashSet};
+use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 /// A device from start to reset. Never used again.
@@ -162,12 +162,18 @@ impl Indices {
     }
 }
 
+/// Refused places in the window that are set aside at most.
+const MOST_REFUSED: usize = 8;
+
 /// A started device and everything that it has in the fabric.
 #[derive(Debug)]
 pub(super) struct State {
     pub device: Device,
     /// What of the window is free, in bytes; extents are multiples of the pool's unit.
     pub window: Ranges,
+    /// Places that the front-end refused lately, and their sizes: the next attempts are made elsewhere, because something may still be
+    /// in use there.
+    pub refused: VecDeque<(u64, u64)>,
     /// Extents in the window.
     pub slots: HashMap<ExtentId, Slot>,
     /// Bytes and number of those of which it is the peer only: others chose them, so they get no more than half.
@@ -205,6 +211,7 @@ impl State {
         State {
             device,
             window: Ranges::new(0, window),
+            refused: VecDeque::new(),
             slots: HashMap::new(),
             foreign_bytes: 0,
             foreign_count: 0,
@@ -251,8 +258,26 @@ impl State {
 
     /// Gives a place in the window back.
     pub fn give_slot(&mut self, extent: ExtentId) -> Option<Slot> {
-        let slot = self.slots.remove(&extent)?;
+        let slot = self.remove_slot(extent)?;
         self.window.give(slot.offset, slot.size);
+        Some(slot)
+    }
+
+    /// The front-end refused a place in the window: it is set aside for a while.
+    pub fn refuse_slot(&mut self, extent: ExtentId) -> Option<Slot> {
+        let slot = self.remove_slot(extent)?;
+        self.refused.push_back((slot.offset, slot.size));
+        // A small window cannot do without.
+        let most = if self.window.fits(slot.size) { MOST_REFUSED } else { 0 };
+        while self.refused.len() > most {
+            let Some((offset, size)) = self.refused.pop_front() else { break };
+            self.window.give(offset, size);
+        }
+        Some(slot)
+    }
+
+    fn remove_slot(&mut self, extent: ExtentId) -> Option<Slot> {
+        let slot = self.slots.remove(&extent)?;
         if !slot.owned {
             self.foreign_bytes -= slot.size;
             self.foreign_count -= 1;

@@ -147,7 +147,7 @@ impl Fabric {
                 }
             }
             (SlotState::Mapping, false) => {
-                let slot = state.give_slot(extent);
+                let slot = state.refuse_slot(extent);
                 if slot.is_some_and(|slot| slot.owned) {
                     self.end_extent(extent);
                 }

@@ -388,6 +388,25 @@ fn what_a_peer_that_left_had_written_stays_until_the_owner_lets_go() {
 }
 
 #[test]
+fn after_a_place_was_refused_another_one_is_tried() {
+    let mut world = World::new();
+    let (owner, peer) = (world.join(ABLE), world.join(ABLE));
+    let rgid = world.gid(peer);
+    let request = Request::Register(Register { rgid, size: MIB, home: Home::Pool });
+    let mut places = Vec::new();
+    for _ in 0..3 {
+        assert_eq!(world.fabric.execute(owner, &request, Attempt::First), None);
+        places.push(world.answer(false).offset);
+        let attempt = world.resumed.remove(0).1;
+        assert_eq!(world.fabric.execute(owner, &request, attempt), Some(Err(Status::Io)));
+    }
+    let mut apart = places.clone();
+    apart.dedup();
+    assert_eq!(apart, places);
+    world.assert_empty();
+}
+
+#[test]
 fn an_extent_that_dies_while_it_is_being_mapped_is_unmapped_when_it_is_there() {
     let mut world = World::new();
     let (owner, peer) = (world.join(ABLE), world.join(ABLE));
