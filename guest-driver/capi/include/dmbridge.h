@@ -39,6 +39,16 @@
 #define DMBRIDGE_EVENT_SOFTWARE 5
 
 /**
+ * A device with which this one shared a DMB is paused; nothing is lost.
+ */
+#define DMBRIDGE_EVENT_DEVICE_PAUSED 9
+
+/**
+ * It goes on.
+ */
+#define DMBRIDGE_EVENT_DEVICE_RESUMED 10
+
+/**
  * For dmbridge_stream_arm(): reading.
  */
 #define DMBRIDGE_READ 1

@@ -38,6 +38,10 @@ pub const DMBRIDGE_EVENT_DMB_DETACHED: u32 = 3;
 pub const DMBRIDGE_EVENT_DEVICE_GONE: u32 = 4;
 /// Somebody called dmbridge_signal_event().
 pub const DMBRIDGE_EVENT_SOFTWARE: u32 = 5;
+/// A device with which this one shared a DMB is paused; nothing is lost.
+pub const DMBRIDGE_EVENT_DEVICE_PAUSED: u32 = 9;
+/// It goes on.
+pub const DMBRIDGE_EVENT_DEVICE_RESUMED: u32 = 10;
 
 /// Something that happened.
 #[repr(C)]
@@ -173,6 +177,8 @@ fn wire(event: Event) -> Option<dmbridge_event> {
         Event::DmbDetached { token, peer } => (DMBRIDGE_EVENT_DMB_DETACHED, peer, 0, token.to_bits(), 0),
         Event::DeviceGone { gid, reason } => (DMBRIDGE_EVENT_DEVICE_GONE, gid, reason as u32, 0, 0),
         Event::Software { from, code, info } => (DMBRIDGE_EVENT_SOFTWARE, from, code, 0, info),
+        Event::DevicePaused { gid } => (DMBRIDGE_EVENT_DEVICE_PAUSED, gid, 0, 0, 0),
+        Event::DeviceResumed { gid } => (DMBRIDGE_EVENT_DEVICE_RESUMED, gid, 0, 0, 0),
         Event::Rendezvous { .. } => return None,
     };
     Some(dmbridge_event { kind, code, gid: gid.into(), token, info })
