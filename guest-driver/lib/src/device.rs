@@ -178,7 +178,7 @@ impl Device {
         Device::builder().connect(path)
     }
 
-    /// Opens a device on the PCI bus of the virtual machine in which this process runs; [`pci::find`](crate::pci::find)
+    /// Opens a device on the PCI bus of the virtual machine in which this process runs; [`pci::find`]
     /// lists candidates. It is taken from the kernel's `virtio-pci`, unless a kernel driver uses it, and stays bound to
     /// `uio_pci_generic` afterwards. Takes root. The device is started when this returns.
     ///
