@@ -55,7 +55,7 @@ mod vectors {
     }
 
     /// The stores with one kind of vector. Plain ones are volatile, because others access the memory too.
-    macro_rules! store {
+    macro_rules! store_with {
         ($feature:literal, $vector:ty, $stream:ident, $store:ident) => {
             /// # Safety
             ///
@@ -101,9 +101,9 @@ mod vectors {
         };
     }
 
-    store!("avx512f", __m512i, _mm512_stream_si512, store_avx512);
-    store!("avx", __m256i, _mm256_stream_si256, store_avx);
-    store!("sse2", __m128i, _mm_stream_si128, store_sse2);
+    store_with!("avx512f", __m512i, _mm512_stream_si512, store_avx512);
+    store_with!("avx", __m256i, _mm256_stream_si256, store_avx);
+    store_with!("sse2", __m128i, _mm_stream_si128, store_sse2);
 
     #[cfg(test)]
     mod tests {
