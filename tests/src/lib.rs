@@ -11,6 +11,7 @@ pub mod deadline;
 pub mod frontend;
 pub mod memory;
 pub mod pair;
+pub mod preload;
 pub mod ring;
 pub mod vm;
 pub mod window;

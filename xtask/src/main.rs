@@ -69,6 +69,7 @@ fn build_release(features: &[&str]) -> Result<PathBuf> {
     Step::new("Building dmbridged and dmbridge (the first time takes some minutes)").run(
         cargo()
             .args(["build", "--release", "--package", "dmbridged", "--package", "dmbridge-cli"])
+            .args(["--package", "dmbridge-preload"])
             .args(features.iter().flat_map(|feature| ["--features", feature])),
     )?;
     Ok(run::target_directory()?.join("release"))
@@ -78,6 +79,19 @@ fn bench(args: &[String]) -> Result<()> {
     // One of the opponents is a library, which only the benchmark is built with.
     dmbridge(&build_release(&["dmbridge-cli/iceoryx2"])?, "bench", args)
 }
+
+/// Programs that are run with and without `dmbridge-run`, and the packages that bring them.
+const PROGRAMS: [(&str, &str); 9] = [
+    ("iperf3", "iperf3"),
+    ("sockperf", "sockperf"),
+    ("redis-server", "redis-server"),
+    ("nginx", "nginx"),
+    ("wrk", "wrk"),
+    ("curl", "curl"),
+    ("openssl", "openssl"),
+    ("memcached", "memcached"),
+    ("python3", "python3"),
+];
 
 fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
     let binaries = build_release(&[])?;
@@ -90,12 +104,18 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
     Step::new("Finding or making what virtual machines need (the first time it takes some minutes)").run(
         Command::new(run::workspace().join("qemu-scripts/provision")).arg("--programs").stdout(Stdio::null()),
     )?;
+    // Programs that run over dmbridge unchanged.
+    for (program, package) in PROGRAMS {
+        run::debian_package(program, package)?;
+    }
+    run::debian_file("/usr/lib/postgresql", "postgresql")?;
     Step::new("Running the tests, in virtual machines too").run(
         cargo()
             .args(["test", "--workspace", "--features", "dmbridge/tokio", "--no-fail-fast"])
             .args(filter)
             .env("DMBRIDGED", binaries.join("dmbridged"))
-            .env("DMBRIDGE", binaries.join("dmbridge")),
+            .env("DMBRIDGE", binaries.join("dmbridge"))
+            .env("DMBRIDGE_RUN", binaries.join("dmbridge-run")),
     )?;
     if filter.is_empty() {
         loom()?;

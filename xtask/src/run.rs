@@ -61,6 +61,7 @@ pub fn debian_file(path: &str, package: &str) -> Result<()> {
 fn in_path(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+        || Path::new("/usr/sbin").join(program).is_file()
 }
 
 fn install(program: &str, package: &str) -> Result<()> {
