@@ -79,7 +79,7 @@ fn sockperf() {
 #[test]
 fn redis() {
     let daemon = daemon();
-    both(&daemon, 1 << 20, |way| {
+    both(&daemon, 200_000, |way| {
         let port = free_port();
         let text = port.to_string();
         let folder = tempfile::tempdir().expect("a folder");
