@@ -39,7 +39,7 @@ use vhost::vhost_user::{Error, Frontend, FrontendReqHandler, VhostUserFrontend};
 pub struct Options {
     /// Bytes of guest memory.
     pub memory: u64,
-    /// Whether to be able to map; without, as cloud-hypervisor is.
+    /// Whether to be able to map; without, it asks for exactly what cloud-hypervisor does.
     pub map: bool,
     /// Features of the device to accept, if it offers them.
     pub features: Features,
@@ -153,11 +153,16 @@ impl RawFrontend {
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ;
-        if options.map {
-            protocol |= VhostUserProtocolFeatures::BACKEND_SEND_FD | VhostUserProtocolFeatures::SHMEM;
-        }
+        protocol |= if options.map {
+            VhostUserProtocolFeatures::RESET_DEVICE
+                | VhostUserProtocolFeatures::BACKEND_SEND_FD
+                | VhostUserProtocolFeatures::SHMEM
+        } else {
+            VhostUserProtocolFeatures::INFLIGHT_SHMFD
+                | VhostUserProtocolFeatures::LOG_SHMFD
+                | VhostUserProtocolFeatures::DEVICE_STATE
+        };
         protocol &= frontend.get_protocol_features()?;
         step("SET_PROTOCOL_FEATURES");
         frontend.set_protocol_features(protocol)?;

@@ -113,17 +113,60 @@ fn a_program_that_is_killed_in_a_guest_ends_its_dmbs_and_another_one_can_start()
     }
 }
 
+/// Kills two programs at the same time.
+fn kill_both(first: Driven, second: Driven) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| first.kill());
+        second.kill();
+    });
+}
+
 #[test]
-fn programs_of_both_guests_that_are_killed_at_once_harm_nobody() {
-    let setup = setup();
-    for round in 0..rounds() {
+fn whatever_happens_to_two_guests_at_once_harms_neither() {
+    let mut setup = setup();
+    for round in 0..2 * rounds() {
         let (mut a, mut b) = setup.drive();
         traffic(&mut a, &mut b);
-        let (first, second) = if round % 2 == 0 { (a, b) } else { (b, a) };
-        std::thread::scope(|scope| {
-            scope.spawn(|| first.kill());
-            second.kill();
-        });
+        match round % 6 {
+            0 => kill_both(a, b),
+            1 => {
+                setup.a.pause();
+                b.kill();
+                setup.a.resume();
+                a.kill();
+            }
+            2 => {
+                setup.a.pause();
+                setup.b.pause();
+                setup.b.resume();
+                setup.a.resume();
+                kill_both(b, a);
+            }
+            3 => {
+                setup.b.pause();
+                a.kill();
+                setup.b.press_reset();
+                setup.b.resume();
+                setup.b.wait_until_booted();
+            }
+            // Killed while mappings are being made in both.
+            4 => {
+                let mut c = Driven::on_host(&setup.daemon.hub(), true);
+                let gid = c.gid().to_string();
+                c.begin(&format!("register {} 8388608 2", b.gid()));
+                for guest in [&mut a, &mut b] {
+                    guest.begin(&format!("register {gid} 8388608 2"));
+                }
+                kill_both(a, b);
+            }
+            _ => {
+                setup.a.press_reset();
+                setup.b.pause();
+                setup.b.resume();
+                b.kill();
+                setup.a.wait_until_booted();
+            }
+        }
     }
     setup.wait_until_nothing_is_left();
 }
