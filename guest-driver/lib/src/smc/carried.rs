@@ -41,6 +41,12 @@ impl Carried {
         take(&self.receiver, patience)
     }
 
+    /// Whether both ends have finished: as with TCP, there is no connection to shut down any more.
+    pub(crate) fn is_over(&self) -> bool {
+        let connection = self.ends.observe(self.ends.incoming().load_cons().state);
+        connection.is_finished() && !connection.flags().is_empty()
+    }
+
     pub(crate) fn stop_reading(&self) {
         self.ends.stop(stop::READING);
     }

@@ -10,7 +10,8 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::sync::MutexGuard;
 
-/// Room to write into, from [`SmcStream::reserve`]. Nothing is sent unless it is committed.
+/// Room to write into, from [`SmcStream::reserve`]. Nothing is sent unless it is committed. Who holds it cannot write or shut down
+/// the same connection otherwise: that would wait for itself.
 pub struct Reserved<'a> {
     kind: Room<'a>,
     len: usize,
@@ -21,7 +22,8 @@ enum Room<'a> {
     Tcp(Staging<'a>, &'a TcpStream),
 }
 
-/// Bytes to read, from [`SmcStream::peek_in_place`]. They stay there unless they are consumed.
+/// Bytes to read, from [`SmcStream::peek_in_place`]. They stay there unless they are consumed. Who holds it cannot read the same
+/// connection otherwise: that would wait for itself.
 pub struct Peeked<'a> {
     kind: There<'a>,
     len: usize,

@@ -136,9 +136,12 @@ impl SmcStream {
     ///
     /// # Errors
     ///
-    /// If the other end sleeps and cannot be woken.
+    /// `NotConnected` if both ends have finished already; and if the other end sleeps and cannot be woken.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         let Some(carried) = self.as_carried() else { return self.inner.tcp.shutdown(how) };
+        if carried.is_over() {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
         if how != Shutdown::Write {
             carried.stop_reading();
         }
@@ -329,6 +332,10 @@ impl SmcStream {
             return self.tcp().write(from);
         };
         let mut sender = carried.sender(patience)?;
+        if from.is_empty() {
+            sender.check()?;
+            return Ok(0);
+        }
         let mut done = 0;
         while done < from.len() {
             match sender.write_some(&from[done..], patience) {
@@ -339,7 +346,7 @@ impl SmcStream {
                 Err(error) => return Err(error.into()),
             }
         }
-        in_time((done != 0 || from.is_empty()).then_some(done))
+        in_time((done != 0).then_some(done))
     }
 }
 
@@ -366,6 +373,9 @@ impl Read for &SmcStream {
         if !self.is_smc() {
             self.as_fallen().before_read(self.tcp(), self.read_patience() != Patience::None)?;
             return self.tcp().read_vectored(to);
+        }
+        if to.iter().all(|part| part.is_empty()) {
+            return self.read_with(&mut [], self.read_patience());
         }
         let mut done = 0;
         for part in to.iter_mut().filter(|part| !part.is_empty()) {
@@ -397,6 +407,9 @@ impl Write for &SmcStream {
             return self.tcp().write_vectored(from);
         }
         let patience = self.write_patience();
+        if from.iter().all(|part| part.is_empty()) {
+            return self.write_with(&[], patience);
+        }
         let mut done = 0;
         for part in from.iter().filter(|part| !part.is_empty()) {
             match self.write_with(part, patience) {

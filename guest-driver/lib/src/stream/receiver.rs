@@ -108,7 +108,7 @@ impl Receiver {
     /// room in `to`.
     #[inline]
     pub(crate) fn read_some(&mut self, to: &mut [u8], patience: Patience) -> Result<Option<usize>, Error> {
-        if self.chunk().len == 0 && !self.wait_for_data(patience)? {
+        if !self.has_data_for(to.len(), patience)? {
             return Ok(None);
         }
         let mut done = 0;
@@ -126,9 +126,21 @@ impl Receiver {
         Ok(Some(done))
     }
 
+    /// Whether there is something to read now, or after a wait. Looks for more if what is known of does not fill `len` bytes.
+    #[inline]
+    fn has_data_for(&mut self, len: usize, patience: Patience) -> Result<bool, Error> {
+        if self.chunk().len == 0 {
+            return self.wait_for_data(patience);
+        }
+        if (self.ring.available() as usize) < len {
+            self.observe()?;
+        }
+        Ok(true)
+    }
+
     /// Copies what is there, as [`read_some`](Self::read_some) does, and leaves it there.
     pub(crate) fn look(&mut self, to: &mut [u8], patience: Patience) -> Result<Option<usize>, Error> {
-        if !self.wait_for_data(patience)? {
+        if !self.has_data_for(to.len(), patience)? {
             return Ok(None);
         }
         let first = self.there();

@@ -156,7 +156,7 @@ impl Sender {
 
     /// Whether both sides still want to: one load of each one's flags.
     #[inline]
-    fn check(&mut self) -> Result<(), Error> {
+    pub(crate) fn check(&mut self) -> Result<(), Error> {
         if self.ends.stops() & !stop::READING == 0 && self.ends.incoming().load_cons().state == self.seen {
             return Ok(());
         }
