@@ -17,6 +17,7 @@ mod machine;
 mod measure;
 mod measurement;
 mod plan;
+mod private;
 mod report;
 mod shared;
 mod transport;

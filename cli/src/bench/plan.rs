@@ -44,12 +44,18 @@ pub enum Case {
     /// The same of 16 MiB
     #[value(name = "move-16m")]
     Move16m,
-    /// Messages of 1 MiB, from several buffers of the sender's own into several of the receiver's own
+    /// Messages of 1 MiB there and back, one at a time, from several buffers of each side's own into several of the other's
     #[value(name = "cma-large-1m")]
     CmaLarge1m,
     /// The same of 16 MiB
     #[value(name = "cma-large-16m")]
     CmaLarge16m,
+    /// The same of 1 MiB, as a stream in one direction
+    #[value(name = "cma-stream-1m")]
+    CmaStream1m,
+    /// The same of 16 MiB
+    #[value(name = "cma-stream-16m")]
+    CmaStream16m,
     /// Ping-pong, ping-ping, and rings of two and of four processes, messages of 1 MiB
     #[value(name = "patterns")]
     Patterns,
@@ -171,6 +177,11 @@ pub enum Work {
         /// Size of each message.
         bytes: usize,
     },
+    /// Large messages there and back, one at a time, from and into several buffers of each side's own.
+    Exchange {
+        /// Size of each message.
+        bytes: usize,
+    },
     /// As `Stream`, from and into several buffers of each side's own.
     Large {
         /// Size of each message.
@@ -278,8 +289,10 @@ impl Case {
             Case::Move4k => (Work::Move { bytes: 4 << 10 }, Unit::GigabytesPerSecond),
             Case::Move64k => (Work::Move { bytes: 64 << 10 }, Unit::GigabytesPerSecond),
             Case::Move16m => (Work::Move { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
-            Case::CmaLarge1m => (Work::Large { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
-            Case::CmaLarge16m => (Work::Large { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
+            Case::CmaLarge1m => (Work::Exchange { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
+            Case::CmaLarge16m => (Work::Exchange { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
+            Case::CmaStream1m => (Work::Large { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
+            Case::CmaStream16m => (Work::Large { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
             Case::Scale | Case::Sweep | Case::Patterns => return None,
         })
     }
@@ -368,6 +381,9 @@ impl Transport {
                         | Memcpy
                 )
             }
+            Work::Exchange { .. } => {
+                matches!(self, DmbridgeMap | DmbridgeMessage | DmbridgeDirect | Tcp | Uds | Pipe | Ucx | Ring)
+            }
             Work::Large { .. } => {
                 matches!(
                     self,
@@ -453,8 +469,8 @@ mod tests {
                 ("move-4k", &[Transport::Memcpy]),
                 ("move-64k", &[Transport::Memcpy]),
                 ("move-16m", &[Transport::Memcpy]),
-                ("cma-large-1m", &[Transport::Memcpy]),
-                ("cma-large-16m", &[Transport::Memcpy]),
+                ("cma-stream-1m", &[Transport::Memcpy]),
+                ("cma-stream-16m", &[Transport::Memcpy]),
             ]
         );
     }

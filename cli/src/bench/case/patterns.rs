@@ -16,6 +16,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::bench::plan::Transport;
+use crate::bench::private::Private;
 use crate::process::{self, BoundChild, own_program};
 use crate::rendezvous::Rendezvous;
 
@@ -191,8 +192,8 @@ struct Part {
     next: Channel,
     /// To the one before in a ring.
     before: Option<Channel>,
-    message: Vec<u8>,
-    buffer: Vec<u8>,
+    message: Private,
+    buffer: Private,
 }
 
 impl Part {
@@ -208,8 +209,8 @@ impl Part {
             first: first.is_some(),
             next,
             before,
-            message: vec![job.member as u8; BYTES],
-            buffer: vec![0; BYTES],
+            message: Private::new(BYTES, job.member as u8)?,
+            buffer: Private::new(BYTES, 0)?,
         })
     }
 

@@ -2,38 +2,36 @@
 //! clock is the one that counts.
 
 use anyhow::Result;
+use std::ops::DerefMut;
 use std::time::Instant;
 
-use super::phase;
+use super::{LARGE_BUFFERS, phase};
 use crate::bench::measure::{Outcome, Samples, Ticker, ticks};
 use crate::bench::measurement::Worker;
+use crate::bench::private::Private;
 use crate::bench::transport::Duplex;
 use crate::pair::Role;
 
 /// Plays A's or B's part. The value is in bytes per second.
 pub fn run<D: Duplex>(worker: &mut Worker, end: &mut D, bytes: usize) -> Result<Option<Outcome>> {
-    run_from(worker, end, bytes, 1)
+    run_from(worker, end, bytes, vec![vec![phase::WARM_UP; bytes]])
 }
 
-/// Buffers of each side for large messages: who sends a large message has filled it, and not from the cache's content of
-/// a moment ago.
-pub const LARGE_BUFFERS: usize = 4;
-
-/// The same from and into several buffers in turn.
+/// The same from and into several large buffers in turn.
 pub fn run_large<D: Duplex>(worker: &mut Worker, end: &mut D, bytes: usize) -> Result<Option<Outcome>> {
-    run_from(worker, end, bytes, LARGE_BUFFERS)
+    run_from(worker, end, bytes, Private::several(LARGE_BUFFERS, bytes, phase::WARM_UP)?)
 }
 
-fn run_from<D: Duplex>(
+fn run_from<D: Duplex, B: DerefMut<Target = [u8]>>(
     worker: &mut Worker,
     end: &mut D,
     bytes: usize,
-    buffers: usize,
+    mut messages: Vec<B>,
 ) -> Result<Option<Outcome>> {
-    let mut messages = vec![vec![phase::WARM_UP; bytes]; buffers];
     let mut next = 0;
+    let count = messages.len();
     let mut message = move || {
-        next = (next + 1) % buffers;
+        next = (next + 1) % count;
         next
     };
     worker.rendezvous.meet()?;

@@ -64,6 +64,7 @@ impl Measured {
             (
                 Work::Stream { bytes }
                 | Work::Large { bytes }
+                | Work::Exchange { bytes }
                 | Work::Produce { bytes }
                 | Work::Move { bytes },
                 Unit::PerSecond,

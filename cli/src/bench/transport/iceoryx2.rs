@@ -39,7 +39,7 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut end, bytes),
         Work::Stream { bytes } => stream::run(worker, &mut end, bytes),
-        Work::Large { bytes } => stream::run_large(worker, &mut end, bytes),
+        Work::Exchange { .. } | Work::Large { .. } => bail!("large messages are not measured over iceoryx2"),
         Work::Produce { bytes } => produce::run(worker, &mut end, bytes),
         Work::Move { .. } => bail!("iceoryx2 has no transfers into the receiver's memory"),
     }
@@ -50,6 +50,7 @@ impl End {
         let job = &worker.job;
         let (Work::PingPong { bytes, .. }
         | Work::Stream { bytes }
+        | Work::Exchange { bytes }
         | Work::Large { bytes }
         | Work::Produce { bytes }
         | Work::Move { bytes }) = job.work;

@@ -4,7 +4,7 @@
 use anyhow::{Result, bail};
 
 use super::{Transfer, over_transfers};
-use crate::bench::case::stream::LARGE_BUFFERS;
+use crate::bench::case::LARGE_BUFFERS;
 use crate::bench::case::transfer::BUFFERS;
 use crate::bench::measure::Outcome;
 use crate::bench::measurement::Worker;

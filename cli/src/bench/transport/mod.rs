@@ -17,7 +17,7 @@ mod vsock;
 use anyhow::{Result, bail};
 use std::path::Path;
 
-use super::case::{pingpong, produce, stream, transfer};
+use super::case::{large, pingpong, produce, stream, transfer};
 use super::measure::Outcome;
 use super::measurement::Worker;
 use super::plan::{Transport, Work};
@@ -90,6 +90,7 @@ fn over_copies<D: Duplex>(
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut end, bytes),
         Work::Stream { bytes } => stream::run(worker, &mut end, bytes),
+        Work::Exchange { bytes } => large::run(worker, &mut end, bytes),
         Work::Large { bytes } => stream::run_large(worker, &mut end, bytes),
         Work::Produce { bytes } => produce::run(worker, &mut Copied::new(end, bytes), bytes),
         // What has no memory of the receiver to transfer into is measured to where the receiver has the bytes.

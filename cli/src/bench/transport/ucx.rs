@@ -56,7 +56,9 @@ fn ask(job: &Job, port: u16) -> Result<Outcome> {
     // How long one iteration takes, roughly: only the length of the measurement depends on it.
     let (test, bytes, guess) = match job.work {
         Work::PingPong { bytes, wait: Wait::Sleep } => ("tag_lat", bytes, 20e-6),
-        Work::PingPong { bytes, .. } => ("tag_lat", bytes, 0.4e-6 + bytes as f64 / 4e9),
+        Work::PingPong { bytes, .. } | Work::Exchange { bytes } => {
+            ("tag_lat", bytes, 0.4e-6 + bytes as f64 / 4e9)
+        }
         Work::Stream { bytes } | Work::Large { bytes } => ("tag_bw", bytes, 0.1e-6 + bytes as f64 / 8e9),
         Work::Move { bytes } => ("ucp_put_bw", bytes, 0.05e-6 + bytes as f64 / 16e9),
         Work::Produce { .. } => bail!("ucx_perftest does not make the contents of messages"),

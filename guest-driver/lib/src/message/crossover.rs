@@ -21,41 +21,39 @@ pub(super) fn known() -> u64 {
     KNOWN.load(Ordering::Relaxed)
 }
 
-/// Measures, as the one that sends or as the one that receives and decides.
-pub(super) fn measure(sender: &mut Sender, receiver: &mut Receiver, sends: bool) -> Result<usize, Error> {
-    let threshold = if sends {
-        let buffer = vec![1u8; SIZES[SIZES.len() - 1]];
-        for size in SIZES {
-            for _ in 0..ROUNDS {
-                for threshold in [usize::MAX, 0] {
-                    sender.threshold = threshold;
-                    for _ in 0..MESSAGES {
-                        sender.send(&buffer[..size])?;
+/// Measures, as the one that begins and decides or as the one that answers: messages there and back, one at a time, so that
+/// what counts is how long it takes until a message is there.
+pub(super) fn measure(sender: &mut Sender, receiver: &mut Receiver, begins: bool) -> Result<usize, Error> {
+    let message = vec![1u8; SIZES[SIZES.len() - 1]];
+    let mut buffer = vec![0u8; SIZES[SIZES.len() - 1]];
+    let mut times = [[Duration::MAX; 2]; SIZES.len()];
+    for (size, times) in SIZES.into_iter().zip(&mut times) {
+        for _ in 0..ROUNDS {
+            for (threshold, time) in [usize::MAX, 0].into_iter().zip(&mut *times) {
+                sender.threshold = threshold;
+                let start = Instant::now();
+                for _ in 0..MESSAGES {
+                    if begins {
+                        sender.send(&message[..size])?;
+                    }
+                    if receiver.recv(&mut buffer)? != Some(size) {
+                        return Err(Error::Peer("what is to be measured is not as long as it should be"));
+                    }
+                    if !begins {
+                        sender.send(&message[..size])?;
                     }
                 }
+                *time = start.elapsed().min(*time);
             }
         }
-        hear_threshold(receiver)?
-    } else {
-        let mut buffer = vec![0u8; SIZES[SIZES.len() - 1]];
-        let mut times = [[Duration::MAX; 2]; SIZES.len()];
-        for (size, times) in SIZES.into_iter().zip(&mut times) {
-            for _ in 0..ROUNDS {
-                for time in &mut *times {
-                    let start = Instant::now();
-                    for _ in 0..MESSAGES {
-                        if receiver.recv(&mut buffer)? != Some(size) {
-                            return Err(Error::Peer("what is to be measured is not as long as it should be"));
-                        }
-                    }
-                    *time = start.elapsed().min(*time);
-                }
-            }
-        }
+    }
+    let threshold = if begins {
         tracing::debug!(?times, "through DMBs, and directly");
         let threshold = decide(&times);
         tell_threshold(sender, threshold)?;
         threshold
+    } else {
+        hear_threshold(receiver)?
     };
     remember(threshold);
     Ok(threshold)

@@ -66,7 +66,7 @@ const CASES: [(Case, &str, &str); 12] = [
     (
         Case::CmaLarge1m,
         "Messages of 1 MiB",
-        "From the sender's own buffers into the receiver's own: by two copies through shared memory, or directly by one, of which \
+        "There and back, one at a time, from the sender's own buffers into the receiver's own: by two copies through shared memory, or directly by one, of which \
          both processes do a share. More is better.",
     ),
     (Case::CmaLarge16m, "Messages of 16 MiB", "As before. More is better."),

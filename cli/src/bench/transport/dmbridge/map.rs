@@ -6,7 +6,7 @@ use dmbridge::stream::DmbStream;
 
 use super::{DMB, connect};
 use crate::bench::case::transfer::BUFFERS;
-use crate::bench::case::{pingpong, produce, stream};
+use crate::bench::case::{large, pingpong, produce, stream};
 use crate::bench::measure::Outcome;
 use crate::bench::measurement::Worker;
 use crate::bench::plan::Work;
@@ -18,6 +18,7 @@ pub fn map(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut Stream::open(worker)?, bytes),
         Work::Stream { bytes } => stream::run(worker, &mut Stream::open(worker)?, bytes),
+        Work::Exchange { bytes } => large::run(worker, &mut Stream::open(worker)?, bytes),
         Work::Large { bytes } => stream::run_large(worker, &mut Stream::open(worker)?, bytes),
         Work::Produce { bytes } => {
             let stream = Stream::open(worker)?;

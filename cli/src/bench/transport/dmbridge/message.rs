@@ -4,7 +4,7 @@ use anyhow::{Result, bail, ensure};
 use dmbridge::message::{Channel, Direct};
 
 use super::{DMB, connect};
-use crate::bench::case::stream;
+use crate::bench::case::{large, stream};
 use crate::bench::measure::Outcome;
 use crate::bench::measurement::Worker;
 use crate::bench::plan::Work;
@@ -28,8 +28,9 @@ fn run(worker: &mut Worker, direct: Direct) -> Result<Option<Outcome>> {
         bail!("there is no direct way between the two processes: {refused}");
     }
     match worker.job.work {
+        Work::Exchange { bytes } => large::run(worker, &mut Messages(channel), bytes),
         Work::Large { bytes } => stream::run_large(worker, &mut Messages(channel), bytes),
-        work => bail!("{work:?} is no stream of large messages"),
+        work => bail!("{work:?} is not done by large messages"),
     }
 }
 

@@ -26,7 +26,7 @@ pub fn moved(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.work {
         Work::PingPong { bytes, .. } => pingpong::run(worker, &mut Stream::open(worker)?, bytes),
         Work::Stream { bytes } => stream::run(worker, &mut Stream::open(worker)?, bytes),
-        Work::Large { .. } => bail!("moves of this size are Work::Move"),
+        Work::Large { .. } | Work::Exchange { .. } => bail!("moves of this size are Work::Move"),
         Work::Produce { bytes } => {
             let stream = Stream::open(worker)?;
             produce::run(worker, &mut Copied::new(stream, bytes), bytes)
