@@ -3,9 +3,8 @@
 //! A queue belongs to one mover. The mover holds the queue's ring while it does one move; a copy goes in steps, and
 //! holds what it reads and writes only for a step. So whoever ends a queue, a DMB or a memory table waits for one step.
 
-use crate::engine::Run;
-use crate::engine::set::MoverEngines;
-use crate::engine::table::Route;
+use crate::engine::set::{Choice, MoverEngines};
+use crate::engine::{self, Run};
 use crate::memory::DeviceMemory;
 use crate::notify::EventFile;
 use crate::port::{Counters, Home, Port, Target};
@@ -26,7 +25,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The most bytes that are copied in one step.
-const STEP: u64 = 1 << 20;
+const STEP: u64 = engine::STEP as u64;
 /// The most runs that an engine is given at once.
 const MAX_RUNS: usize = 64;
 /// A mover leaves a queue for the next one after so many moves, or so many bytes.
@@ -358,6 +357,8 @@ impl Worker {
             source: &queue.port,
             target: &target,
             data: &self.data,
+            len,
+            choice: None,
             piece: 0,
             at: 0,
             offset: header.offset,
@@ -431,6 +432,10 @@ struct Copy<'a> {
     source: &'a Port,
     target: &'a Target,
     data: &'a [Piece],
+    /// All of the move's bytes.
+    len: u64,
+    /// What copies them, once that is known.
+    choice: Option<Choice>,
     /// The piece to go on with, and where in it.
     piece: usize,
     at: u64,
@@ -457,7 +462,9 @@ impl Copy<'_> {
             Home::Pool { file, .. } => file.node(),
             Home::Ram { .. } => self.target.owner.node(),
         };
-        let route = self.engines.route(self.source.node(), destination);
+        let choice = *self
+            .choice
+            .get_or_insert_with(|| self.engines.choose(self.source.node(), destination, self.len as usize));
         self.runs.clear();
         let mut left = len;
         while left > 0 {
@@ -468,7 +475,7 @@ impl Copy<'_> {
                 let (dst, run) = home.host(self.offset, words, owner).ok_or(Status::Reset)?;
                 if self.runs.len() == MAX_RUNS {
                     // SAFETY: as below.
-                    unsafe { self.copy_runs(route) };
+                    unsafe { self.copy_runs(choice) };
                 }
                 self.runs.push(Run { src, dst, len: run as usize });
                 self.at += run;
@@ -494,7 +501,7 @@ impl Copy<'_> {
         }
         // SAFETY: all runs are mapped: the source's by its memory table, the destination's by the extent or by the owner's
         // table, and all three are held until the engine is done. They may be guests' memory, so no reference to them exists.
-        unsafe { self.copy_runs(route) };
+        unsafe { self.copy_runs(choice) };
         Ok(())
     }
 
@@ -503,10 +510,10 @@ impl Copy<'_> {
     /// # Safety
     ///
     /// The runs are mapped, and no reference to them exists.
-    unsafe fn copy_runs(&mut self, route: Route) {
+    unsafe fn copy_runs(&mut self, choice: Choice) {
         let len = self.runs.iter().map(|run| run.len).sum();
         // SAFETY: the caller's promise.
-        unsafe { self.engines.copy(route, self.runs, len) };
+        unsafe { self.engines.copy(choice, self.runs, len) };
         self.runs.clear();
     }
 

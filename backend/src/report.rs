@@ -76,13 +76,13 @@ pub struct EngineRow {
     pub source_node: u32,
     /// The node that it goes to.
     pub destination_node: u32,
-    /// The size that was measured, in bytes. The row counts for sizes from half of it on.
+    /// The size of the move that was measured, in bytes. The row counts for sizes from half of it on.
     pub bytes: u64,
     /// The engine that is used.
     pub engine: String,
     /// Why: `measurement` or `configuration`.
     pub chosen_by: String,
-    /// Copies by this row.
+    /// Moves by this row.
     pub uses: u64,
     /// What each engine takes.
     pub costs: Vec<EngineCost>,

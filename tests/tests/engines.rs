@@ -57,7 +57,8 @@ fn every_engine_copies_and_is_counted() {
         let bytes: u64 = used.iter().map(|used| used.bytes).sum();
         assert!(bytes > 8 << 20, "{bytes}");
         let uses: u64 = after.rows.iter().map(|row| row.uses).sum();
-        assert_eq!(uses, used.iter().map(|used| used.copies).sum::<u64>());
+        // A long move is one use and several copies.
+        assert!(uses < used.iter().map(|used| used.copies).sum::<u64>());
         assert_eq!(daemon.log().matches("panicked").count(), 0);
         assert!(daemon.path("engines.json").exists());
     }

@@ -5,7 +5,7 @@
 //! while nobody else runs is not fast on a host whose CPUs are for guests.
 
 use super::table::{CLASSES, Cost, Id, Measured, class_bytes};
-use super::{Engine, Run};
+use super::{Engine, Run, STEP};
 use crate::placement::pages::Policy;
 use crate::pool::memfile::MemFile;
 use crate::topology::{Node, NodeId, Topology};
@@ -18,10 +18,14 @@ use std::time::{Duration, Instant};
 /// All of it takes less than about this. Pairs of nodes for which no time is left are taken to be as others of their
 /// distance are.
 pub const BUDGET: Duration = Duration::from_millis(800);
-/// Buffers at each end, used in turn, as in a stream of moves.
+/// Memory at each end, in bytes, of which copies use one part after the other, as in a stream of moves.
+const REGION: usize = 16 << 20;
+/// The most parts of it.
 const SLOTS: usize = 8;
 /// Each is measured so often, in turn with all others; the middle one counts.
 const ROUNDS: usize = 7;
+/// The same of what takes longer than a step.
+const ROUNDS_OF_LONG: usize = 3;
 /// A measurement copies about so many bytes, unless that is more than [`MOST_COPIES`].
 const BYTES: usize = 128 << 10;
 /// The most copies in a measurement.
@@ -83,7 +87,7 @@ pub fn measure_route(
 ) -> io::Result<Vec<Measured>> {
     let memory = |node| {
         let policy = if topology.is_single() { Policy::FirstTouch } else { Policy::Prefer(node) };
-        MemFile::new((SLOTS * class_bytes(CLASSES - 1)) as u64, None, &policy)
+        MemFile::new(REGION as u64, None, &policy)
     };
     let (from, to) = (memory(source)?, memory(destination)?);
     for file in [&from, &to] {
@@ -143,19 +147,23 @@ pub fn measure_route(
 fn costs(engines: &mut [Named], from: &MemFile, to: &MemFile, class: usize) -> Vec<u64> {
     let len = class_bytes(class);
     let copies = (BYTES / len).clamp(1, MOST_COPIES);
-    let run = |copy: usize| {
-        let at = (copy % SLOTS * len.max(4096)) as u64;
+    let slots = SLOTS.min(REGION / len);
+    let run = |copy: usize, step: usize| {
+        let (at, len) = ((copy % slots * len.max(4096) + step) as u64, STEP.min(len - step));
         Run { src: from.at(at, len as u64), dst: to.at(at, len as u64), len }
     };
-    let mut rounds = vec![Vec::with_capacity(ROUNDS); engines.len()];
+    let count = if len > STEP { ROUNDS_OF_LONG } else { ROUNDS };
+    let mut rounds = vec![Vec::with_capacity(count); engines.len()];
     let mut copy = 0;
-    for _ in 0..ROUNDS {
+    for _ in 0..count {
         for ((_, engine), rounds) in engines.iter_mut().zip(&mut rounds) {
             let start = Instant::now();
             for _ in 0..copies {
-                // SAFETY: both files stay mapped until the engine is done; nobody else accesses them.
-                unsafe { engine.submit(&[run(copy)]) };
-                engine.finish();
+                for step in (0..len).step_by(STEP) {
+                    // SAFETY: both files stay mapped until the engine is done; nobody else accesses them.
+                    unsafe { engine.submit(&[run(copy, step)]) };
+                    engine.finish();
+                }
                 copy += 1;
             }
             rounds.push((start.elapsed().as_nanos() as u64).div_ceil(copies as u64));
@@ -163,7 +171,7 @@ fn costs(engines: &mut [Named], from: &MemFile, to: &MemFile, class: usize) -> V
     }
     let middle = |mut rounds: Vec<u64>| {
         rounds.sort_unstable();
-        rounds[ROUNDS / 2].max(1)
+        rounds[rounds.len() / 2].max(1)
     };
     rounds.into_iter().map(middle).collect()
 }

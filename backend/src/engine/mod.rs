@@ -26,6 +26,9 @@ mod ranges;
 pub mod set;
 pub mod table;
 
+/// The most bytes that an engine is given before it is waited for: so long is what they lie in held.
+pub const STEP: usize = 1 << 20;
+
 /// Bytes that are in one piece at both ends.
 #[derive(Debug, Clone, Copy)]
 pub struct Run {

@@ -6,7 +6,7 @@ use super::cpu::CpuEngine;
 use super::cpu_node::NodePool;
 use super::dsa::host::{self, HostQueue};
 use super::dsa::{Accelerator, Counters};
-use super::table::{Chosen, Id, Kind, Measured, Route, Rule, Table};
+use super::table::{Chosen, Id, Kind, Measured, Rule, Table};
 use super::{Engine, Run, cache};
 use crate::report::{EngineCost, EngineReport, EngineRow, EnginesReport};
 use crate::topology::{Node, NodeId, Topology};
@@ -243,6 +243,10 @@ impl Uses {
     }
 }
 
+/// An engine of a mover.
+#[derive(Debug, Clone, Copy)]
+pub struct Choice(usize);
+
 /// The engines of one mover.
 pub struct MoverEngines {
     cpu: CpuEngine,
@@ -282,28 +286,27 @@ impl MoverEngines {
         engines
     }
 
-    /// The way between two nodes.
-    #[inline]
-    pub fn route(&self, source: Option<NodeId>, destination: Option<NodeId>) -> Route {
-        self.table.route(source, destination)
-    }
-
     /// The CPU, for what is not worth choosing for.
     #[inline]
     pub fn cpu(&self) -> &CpuEngine {
         &self.cpu
     }
 
-    /// Copies all runs, `len` bytes together, by the engine that is the best for it. They are visible when this returns.
+    /// The engine that is the best for a move of `len` bytes.
+    #[inline]
+    pub fn choose(&mut self, source: Option<NodeId>, destination: Option<NodeId>, len: usize) -> Choice {
+        let row = self.table.row(self.table.route(source, destination), len);
+        Uses::add(&self.uses.rows[row], 1);
+        Choice(self.table.choice(row))
+    }
+
+    /// Copies all runs, `len` bytes together. They are visible when this returns.
     ///
     /// # Safety
     ///
     /// As for [`Engine::submit`], until this returns.
     #[inline]
-    pub unsafe fn copy(&mut self, route: Route, runs: &[Run], len: usize) {
-        let row = self.table.row(route, len);
-        let choice = self.table.choice(row);
-        Uses::add(&self.uses.rows[row], 1);
+    pub unsafe fn copy(&mut self, Choice(choice): Choice, runs: &[Run], len: usize) {
         Uses::add(&self.uses.copies[choice], 1);
         Uses::add(&self.uses.bytes[choice], len as u64);
         if choice == 0 {
@@ -333,10 +336,10 @@ mod tests {
     fn copy(engines: &mut MoverEngines, len: usize) {
         let source: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
         let mut target = vec![0; len];
-        let route = engines.route(None, None);
+        let choice = engines.choose(None, None, len);
         let run = Run { src: source.as_ptr(), dst: target.as_mut_ptr(), len };
         // SAFETY: both are this function's own.
-        unsafe { engines.copy(route, &[run], len) };
+        unsafe { engines.copy(choice, &[run], len) };
         assert!(target == source);
     }
 
