@@ -903,6 +903,29 @@ fn a_forks_child_goes_on_over_tcp() {
 }
 
 #[test]
+fn a_server_keeps_nothing_of_clients_that_are_gone() {
+    let daemon = TestDaemon::start();
+    let server = smc(&daemon);
+    let listener = server.bind(ANY).unwrap();
+    let mut kept = Vec::new();
+    for _ in 0..30 {
+        let (a, b) = over(&listener, &smc(&daemon));
+        assert!(a.is_smc() && b.is_smc());
+        exchange(&a, &b, 1000);
+        // The program keeps its end of some, which must not be in anybody's way.
+        kept.extend((kept.len() < 5).then_some(a));
+        let gid = server.devices()[0].gid().to_string();
+        let report = daemon.report();
+        let mine = report.devices.iter().find(|d| d.gid == gid).unwrap();
+        assert!(mine.dmbs as usize <= kept.len() + 3, "{mine:?}");
+    }
+    for mut stream in kept {
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+        let _ = stream.write_all(b"to nobody");
+    }
+}
+
+#[test]
 fn many_connections_come_and_go_and_leave_nothing() {
     let daemon = TestDaemon::start();
     let (server, client) = (smc(&daemon), smc(&daemon));

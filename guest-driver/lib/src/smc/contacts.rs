@@ -88,14 +88,16 @@ impl Rmb {
 
 impl Pool {
     /// Moves buffers that became free to the idle ones, and what is of no use to `garbage`: releasing takes commands, for
-    /// which the lock is not to be held.
-    fn tidy(&mut self, garbage: &mut Garbage) {
-        let (free, closing) = self.closing.drain(..).partition(Rmb::is_free);
-        (self.closing, self.idle) = (closing, [std::mem::take(&mut self.idle), free].concat());
+    /// which the lock is not to be held. Whether the peer's device is gone, as far as its buffers can tell.
+    fn tidy(&mut self, garbage: &mut Garbage) -> bool {
+        let before = garbage.rmbs.len();
+        for rmbs in [&mut self.idle, &mut self.closing] {
+            garbage.rmbs.extend(rmbs.extract_if(.., |rmb| rmb.dmb.is_peer_gone()));
+        }
+        let is_gone = garbage.rmbs.len() != before;
+        self.idle.extend(self.closing.extract_if(.., |rmb| rmb.is_free()));
         let excess = self.closing.len().saturating_sub(MOST_CLOSING);
         garbage.rmbs.extend(self.closing.drain(..excess));
-        garbage.rmbs.extend(self.closing.extract_if(.., |rmb| rmb.dmb.is_peer_gone()));
-        garbage.rmbs.extend(self.idle.extract_if(.., |rmb| rmb.dmb.is_peer_gone()));
         let mut bytes: usize = self.idle.iter().map(|rmb| rmb.size.bytes()).sum();
         while self.idle.len() > MOST_IDLE || bytes > MOST_IDLE_BYTES {
             let rmb = self.idle.remove(0);
@@ -103,6 +105,7 @@ impl Pool {
             garbage.rmbs.push(rmb);
         }
         garbage.attached.extend(self.attached.extract_if(|_, dmb| !dmb.is_registered()).map(|(_, dmb)| dmb));
+        is_gone
     }
 }
 
@@ -112,7 +115,9 @@ impl State {
     fn tidy(&mut self, garbage: &mut Garbage) {
         let State { groups, pools, .. } = self;
         pools.retain(|group, pool| {
-            pool.tidy(garbage);
+            if pool.tidy(garbage) {
+                groups.end(*group);
+            }
             let keep = groups.contains(*group);
             if !keep {
                 garbage.rmbs.append(&mut pool.idle);
