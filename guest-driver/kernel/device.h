@@ -74,6 +74,7 @@ struct dmbridge_answer {
 
 /* class in the high byte, command in the low one */
 #define DMBRIDGE_QUERY_GID		0x0000
+#define DMBRIDGE_LIFELINE		0x0003
 #define DMBRIDGE_REGISTER		0x0100
 #define DMBRIDGE_UNREGISTER		0x0101
 #define DMBRIDGE_ATTACH			0x0102

@@ -210,6 +210,9 @@ struct dmbridge {
 	phys_addr_t window_phys;
 	void *window;
 
+	/* Not zero while this driver wants the device to be as it is. */
+	__le32 *lifeline;
+
 	struct dmbridge_control control;
 	struct dmbridge_events events;
 	struct dmbridge_moves *moves;

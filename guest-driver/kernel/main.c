@@ -140,8 +140,36 @@ static void broken(struct work_struct *work)
 	}
 }
 
+/*
+ * The VMM stops the device when the virtual machine is paused, and when it is
+ * reset. The device tells one from the other by this word (docs/device.md, 6.9).
+ */
+static int dmbridge_live(struct dmbridge *dev)
+{
+	__le64 addr;
+	int rc;
+
+	dev->lifeline = kzalloc(sizeof(*dev->lifeline), GFP_KERNEL);
+	if (!dev->lifeline)
+		return -ENOMEM;
+	*dev->lifeline = cpu_to_le32(1);
+	addr = cpu_to_le64(virt_to_phys(dev->lifeline));
+	rc = dmbridge_command(dev, DMBRIDGE_LIFELINE, &addr, sizeof(addr), NULL, 0);
+	/* An earlier device does not know it: then a pause is the end. */
+	return rc == -EOPNOTSUPP ? 0 : rc;
+}
+
+static void dmbridge_reset(struct dmbridge *dev)
+{
+	set_bit(DMBRIDGE_BROKEN, &dev->state);
+	if (dev->lifeline)
+		WRITE_ONCE(*dev->lifeline, 0);
+	virtio_reset_device(dev->vdev);
+}
+
 static void dmbridge_free(struct dmbridge *dev)
 {
+	kfree(dev->lifeline);
 	if (dev->wq)
 		destroy_workqueue(dev->wq);
 	dmbridge_remotes_free(dev);
@@ -202,6 +230,9 @@ static int dmbridge_probe(struct virtio_device *vdev)
 		goto fail_queues;
 	virtio_device_ready(vdev);
 	dmbridge_events_start(dev);
+	rc = dmbridge_live(dev);
+	if (rc)
+		goto fail_ready;
 	dev_info(&vdev->dev, "device %016llx, %s\n", dev->limits.gid,
 		 dev->can_map ? "mapped" : "moves only");
 	rc = dmbridge_chardev_add(dev);
@@ -215,8 +246,7 @@ static int dmbridge_probe(struct virtio_device *vdev)
 fail_chardev:
 	dmbridge_chardev_remove(dev);
 fail_ready:
-	set_bit(DMBRIDGE_BROKEN, &dev->state);
-	virtio_reset_device(vdev);
+	dmbridge_reset(dev);
 	flush_workqueue(dev->wq);
 fail_queues:
 	vdev->config->del_vqs(vdev);
@@ -233,8 +263,7 @@ static void dmbridge_remove(struct virtio_device *vdev)
 	/* The device answers until all is given back, or is known not to. */
 	dmbridge_chardev_remove(dev);
 	dmbridge_smc_remove(dev);
-	set_bit(DMBRIDGE_BROKEN, &dev->state);
-	virtio_reset_device(vdev);
+	dmbridge_reset(dev);
 	cancel_work_sync(&dev->broken);
 	cancel_delayed_work_sync(&dev->watchdog);
 	vdev->config->del_vqs(vdev);

@@ -204,6 +204,30 @@ fn a_module_that_is_unloaded_in_traffic_ends_its_connections_and_can_come_back()
 }
 
 #[test]
+fn connections_of_a_guest_that_is_paused_go_on() {
+    let mut setup = setup();
+    let what = ["exchange", "1", "200000000"];
+    let mut server = setup.a.start_command(&[&["vm-sockets", "smc", "listen", "7035"][..], &what].concat());
+    assert_eq!(setup.a.expect(server.line(DEADLINE)), "listening");
+    let client =
+        setup.b.start_command(&[&["vm-sockets", "smc", "connect", &address(0), "7035"][..], &what].concat());
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(300));
+        setup.a.pause();
+        std::thread::sleep(Duration::from_millis(300));
+        setup.b.pause();
+        setup.a.resume();
+        setup.b.resume();
+    }
+    for (vm, running) in [(&setup.b, client), (&setup.a, server)] {
+        let said = result(vm, running);
+        assert!(said["error"].is_null(), "{said}");
+        assert_kernel_is_content(vm);
+    }
+    assert!(setup.daemon.log().contains("goes on"), "no device was paused");
+}
+
+#[test]
 fn a_guest_that_is_killed_in_traffic_ends_its_peers_connections() {
     let mut setup = setup();
     let (server, client) = endless(&setup, 7040);
