@@ -28,6 +28,12 @@ impl Process {
         Process(GENERATION.load(Ordering::Relaxed))
     }
 
+    /// Another one, for tests.
+    #[cfg(test)]
+    pub(crate) fn other() -> Process {
+        Process(u32::MAX)
+    }
+
     /// Whether this is the calling process. Costs one load.
     pub(crate) fn is_current(self) -> bool {
         self.0 == GENERATION.load(Ordering::Relaxed)

@@ -5,6 +5,7 @@ use super::frame::Frame;
 use super::{Channel, Direct, Receiver, Refused, Sender};
 use crate::cma::{Direction, Peer};
 use crate::error::Error;
+use crate::fork::Process;
 use crate::stream::DmbStream;
 use libc::iovec;
 use std::sync::Arc;
@@ -13,8 +14,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Opens one end; the other end does the same.
 pub(super) fn open(stream: DmbStream, wish: Direct) -> Result<Channel, Error> {
     let (sender, receiver) = stream.split();
-    let mut sender = Sender { stream: sender, peer: None, threshold: usize::MAX, offers: 0, open: false };
-    let mut receiver = Receiver { stream: receiver, peer: None, next: None };
+    let process = Process::current();
+    let threshold = usize::MAX;
+    let mut sender = Sender { stream: sender, peer: None, process, threshold, offers: 0, open: false };
+    let mut receiver = Receiver { stream: receiver, peer: None, process, next: None };
 
     // Processes of one host can wake each other by futex; nobody else is looked for.
     let willing = wish != Direct::Never && receiver.stream.local().is_of_a_process();

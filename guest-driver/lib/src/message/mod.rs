@@ -3,8 +3,8 @@
 //! Small ones go through the DMBs, as a [stream] does: one copy in, one copy out. Large ones, between two
 //! processes that the kernel lets into each other's memory, go directly: **one copy, from the sender's buffer to the
 //! receiver's**, wherever those are, by `process_vm_readv` and `process_vm_writev`, of which both processes do a share. From
-//! which size on that is faster is measured when the first such channel of the process opens; on many machines it is from
-//! no size on, as long as each process has a CPU of its own, and then everything goes through the DMBs.
+//! which size on that is faster is measured when the first such channel of the process opens. Large buffers are worth huge
+//! pages (`madvise(MADV_HUGEPAGE)`), because the kernel pins page by page.
 //!
 //! Whether there is a direct way, both sides find out when the channel opens. There is none into another user's process,
 //! another PID namespace, a virtual machine, or where Yama forbids it ([`Channel::direct`] says why); then everything goes
@@ -32,6 +32,7 @@ mod joint;
 use crate::cma::{self, Direction, Peer};
 use crate::dmb::{Dmb, RemoteDmb};
 use crate::error::{Error, OutOfBounds};
+use crate::fork::Process;
 use crate::stream::{self, DmbStream};
 use frame::Frame;
 use joint::{CHUNK, Joint, Taken};
@@ -70,6 +71,8 @@ pub struct Channel {
 pub struct Sender {
     stream: stream::Sender,
     peer: Option<Arc<Peer>>,
+    /// Which the peer knows: not a child of it.
+    process: Process,
     threshold: usize,
     /// The number of the last offer.
     offers: u32,
@@ -82,6 +85,8 @@ pub struct Sender {
 pub struct Receiver {
     stream: stream::Receiver,
     peer: Option<Arc<Peer>>,
+    /// Which the peer knows: not a child of it.
+    process: Process,
     /// A message that was announced and not received.
     next: Option<Next>,
 }
@@ -226,7 +231,8 @@ impl Sender {
         let len: usize = message.iter().map(|piece| piece.len()).sum();
         let pieces = message.iter().filter(|piece| !piece.is_empty());
         let count = pieces.clone().count();
-        if self.peer.is_none() || len < self.threshold || len == 0 || count > cma::MAX_PIECES {
+        let direct = self.peer.is_some() && self.process.is_current();
+        if !direct || len < self.threshold || len == 0 || count > cma::MAX_PIECES {
             self.send_pieces(message)?;
             return Ok(Posted { sender: self, pieces: message, number: None });
         }
@@ -491,7 +497,8 @@ impl Receiver {
         let Some(peer) = self.peer.clone() else { return Err(Error::Peer("it offers what cannot be taken")) };
         let chunks = joint::chunks(len);
         let joint = Joint::of(self.stream.local().memory());
-        joint.open(number, &destination);
+        // In a child the addresses are those of other memory than the peer would write into.
+        joint.open(number, if self.process.is_current() { &destination } else { &[] });
         // It may sleep until there is something to do for it. That it cannot be woken is seen below.
         let _ = self.stream.remote().notify();
         let copy = |chunk: u32| {

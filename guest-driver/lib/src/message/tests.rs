@@ -182,3 +182,27 @@ fn a_peer_that_talks_nonsense_costs_its_own_channel() {
         assert!(matches!(error, Error::Peer(_)), "{error}");
     }
 }
+
+#[test]
+fn after_a_fork_nobody_is_told_addresses_of_the_parents_memory() {
+    let (mut a, mut b) = channels(64 << 10, PROCESSES, [Direct::From(1); 2]);
+    let message = pattern(1_000_000, 5);
+    let mut buffer = vec![0; 1_000_000];
+    // A child that receives: it reads by itself, and is not written to.
+    b.receiver.process = Process::other();
+    thread::scope(|scope| {
+        scope.spawn(|| a.send(&message).unwrap());
+        assert_eq!(b.recv(&mut buffer).unwrap(), Some(1_000_000));
+    });
+    assert!(buffer == message);
+    assert_eq!(Joint::of(a.sender.stream.remote().memory()).helped(1), 0);
+    // A child that sends: through the DMB.
+    a.sender.process = Process::other();
+    thread::scope(|scope| {
+        scope.spawn(|| a.send(&message).unwrap());
+        assert!(matches!(b.receiver.next_len(), Ok(Some(1_000_000))));
+        assert!(matches!(b.receiver.next, Some(Next::Inline { .. })));
+        assert_eq!(b.recv(&mut buffer).unwrap(), Some(1_000_000));
+    });
+    assert!(buffer == message);
+}
