@@ -7,7 +7,7 @@ use dmbridge_proto::event::{Event, GoneReason};
 use dmbridge_proto::moves::{HEADER_SIZE, MoveFlags, MoveHeader};
 use dmbridge_proto::status::Status;
 use dmbridge_tests::daemon::TestDaemon;
-use dmbridge_tests::frontend::RawFrontend;
+use dmbridge_tests::frontend::{Options, RawFrontend};
 use dmbridge_tests::pair::Pair;
 use dmbridge_tests::ring::Descriptor;
 use vhost::vhost_user::VhostUserFrontend;
@@ -87,6 +87,38 @@ fn a_move_into_the_memory_of_a_paused_device_is_done_when_it_goes_on() {
     assert_eq!(pair.peer.wait_used(FIRST_MOVE_QUEUE), (head, 8));
     assert_eq!(pair.peer.memory.read(at + 2048, 1), [0]);
     assert_eq!(pair.owner.memory.read(segment, 5), b"later");
+}
+
+#[test]
+fn a_move_that_a_pause_interrupts_is_done_again() {
+    const LEN: u64 = 16 << 20;
+    let daemon = TestDaemon::start();
+    let connect =
+        || RawFrontend::connect_with(daemon.hub(), Options { memory: 48 << 20, ..Options::default() });
+    let (mut owner, mut sender) = (connect(), connect());
+    let lifeline = sender.memory.allocate(64, 64);
+    sender.memory.write(lifeline, &1u32.to_le_bytes());
+    sender.request(&Request::Lifeline(lifeline)).expect("the word is guest memory");
+    let dmb = owner.register(sender.gid(), LEN).expect("a DMB");
+    let at = sender.memory.allocate(LEN + 4096, 4096);
+    for round in 1..=8u8 {
+        let header = MoveHeader { token: dmb.token, offset: 0, mask: 0, flags: MoveFlags::empty() };
+        sender.memory.write(at, &header.to_bytes());
+        sender.memory.write(at + 4096, &vec![round; LEN as usize]);
+        let head = sender.offer(
+            FIRST_MOVE_QUEUE,
+            &[
+                Descriptor::readable(at, HEADER_SIZE as u32),
+                Descriptor::readable(at + 4096, LEN as u32),
+                Descriptor::writable(at + 2048, 8),
+            ],
+        );
+        sender.pause();
+        sender.resume();
+        assert_eq!(sender.wait_used(FIRST_MOVE_QUEUE), (head, 8));
+        assert_eq!(sender.memory.read(at + 2048, 1), [0]);
+        assert!(owner.window().read(dmb.offset, LEN).iter().all(|byte| *byte == round));
+    }
 }
 
 #[test]

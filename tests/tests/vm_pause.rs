@@ -112,6 +112,24 @@ fn a_peer_that_goes_meanwhile_is_gone_afterwards() {
 }
 
 #[test]
+fn a_registration_that_a_pause_interrupts_is_finished() {
+    let mut setup = setup();
+    let (mut a, mut b) = setup.drive();
+    for round in 0..3 {
+        // Each needs a mapping in both.
+        a.begin(&format!("register {} {}", b.gid(), 8 << 20));
+        setup.a.pause();
+        setup.b.pause();
+        setup.b.resume();
+        setup.a.resume();
+        let token = a.answer()["tokens"][0].as_str().expect("a token").to_string();
+        let sender = b.sender("attach", &token);
+        b.ask(&format!("write {sender} 0 round {round}"));
+        assert_eq!(a.ask(&format!("read {round} 0 7"))["text"], format!("round {round}"));
+    }
+}
+
+#[test]
 fn a_move_into_a_paused_guests_own_memory_waits() {
     let mut setup = setup();
     let mut a = Driven::in_guest_with(&setup.a, &["pci", "--no-map"]);
