@@ -903,6 +903,34 @@ fn a_forks_child_goes_on_over_tcp() {
 }
 
 #[test]
+fn a_client_that_never_confirms_does_not_take_all_buffers() {
+    let daemon = TestDaemon::start();
+    let server = smc(&daemon);
+    let listener = server.bind(ANY).unwrap();
+    let device = Device::connect(daemon.hub()).unwrap();
+    let proposal = Message::Proposal(offer(&device).proposal().unwrap()).to_bytes();
+    let answers: Vec<_> = (0..200)
+        .map(|_| {
+            let mut tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            tcp.write_all(&proposal).unwrap();
+            let mut answer = [0; 8];
+            tcp.read_exact(&mut answer).unwrap();
+            (tcp, answer[4])
+        })
+        .collect();
+    // Some are accepted, the rest declined.
+    assert!(answers.iter().filter(|(_, kind)| *kind == 2).count() <= 128);
+    let (a, b) = over_skipping_fallen(&listener, &smc(&daemon));
+    assert!(a.is_smc() && b.is_smc());
+    drop(answers);
+    // What they had is given back, and so they may try again.
+    until("a place is free", || {
+        let (_, there) = over_skipping_fallen(&listener, &Smc::new(device.clone()));
+        there.is_smc().then_some(())
+    });
+}
+
+#[test]
 fn a_server_keeps_nothing_of_clients_that_are_gone() {
     let daemon = TestDaemon::start();
     let server = smc(&daemon);

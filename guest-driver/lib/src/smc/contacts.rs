@@ -29,6 +29,9 @@ const MOST_IDLE_BYTES: usize = 64 << 20;
 /// Buffers of a link group whose peer has not said its last word: beyond this many the oldest are given up.
 const MOST_CLOSING: usize = 64;
 
+/// Connections between two devices whose handshake is under way: no more of them than this, so that a peer that begins and never
+/// ends leaves buffers for others.
+const MOST_UNCONFIRMED: usize = 128;
 /// How often to ask again for a place in the window that is taken.
 const PLACE_ATTEMPTS: u32 = 8;
 
@@ -63,6 +66,8 @@ struct Counters {
 /// What the connections of a link group share.
 struct Pool {
     advice: Advice,
+    /// Leases whose connection is not there yet.
+    unconfirmed: usize,
     /// Free for the next connection.
     idle: Vec<Rmb>,
     /// This side has closed; the peer may still write.
@@ -342,10 +347,16 @@ impl Contacts {
         let Settings { smallest, first, largest, .. } = self.settings;
         let pool = state.pools.entry(member.group).or_insert_with(|| Pool {
             advice: Advice::new(smallest, first, largest),
+            unconfirmed: 0,
             idle: Vec::new(),
             closing: Vec::new(),
             attached: HashMap::new(),
         });
+        if pool.unconfirmed >= MOST_UNCONFIRMED {
+            state.groups.leave(member.group);
+            return Err(Reason::MAX_DMBS);
+        }
+        pool.unconfirmed += 1;
         let size = pool.advice.next();
         // The smallest that is large enough: what is there already costs less than a smaller one would.
         let enough = pool.idle.iter().enumerate().filter(|(_, rmb)| rmb.size >= size);
@@ -366,6 +377,9 @@ impl Contacts {
             }
             Err(reason) => {
                 let mut state = lock(&self.state);
+                if let Some(pool) = state.pools.get_mut(&member.group) {
+                    pool.unconfirmed -= 1;
+                }
                 state.groups.leave(member.group);
                 if member.first_contact {
                     // The peer was never told of it.
@@ -470,6 +484,9 @@ impl Contacts {
         let (sender, receiver) = DmbStream::over(lease.rmb.dmb.clone(), remote).split();
         let mut lease = lease;
         lease.usage = Some(Usage::default());
+        if let Some(pool) = lock(&self.state).pools.get_mut(&lease.group) {
+            pool.unconfirmed -= 1;
+        }
         Ok(Link { sender, receiver, lease })
     }
 
@@ -490,7 +507,11 @@ impl Contacts {
                 pool.tidy(&mut garbage);
             }
             // The peer, which never confirmed, may or may not believe that it may write there.
-            _ => garbage.rmbs.push(lease.rmb.clone()),
+            (None, Some(pool)) => {
+                pool.unconfirmed -= 1;
+                garbage.rmbs.push(lease.rmb.clone());
+            }
+            (_, None) => garbage.rmbs.push(lease.rmb.clone()),
         }
         drop(state);
     }

@@ -310,4 +310,56 @@ mod tests {
         assert_eq!(b.recv(&mut buffer).unwrap(), 500);
         assert_eq!(buffer[..500], data[..500]);
     }
+
+    /// A peer that writes whatever it likes into its words, at any time, urgent marks and flags included.
+    #[test]
+    fn a_hostile_peer_makes_nothing_but_errors() {
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let mut draw = move |below: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 20) % below
+        };
+        for _ in 0..2000 {
+            let (mut a, b) = streams(4096, BOTH[0], Duration::ZERO);
+            let size = (4096 - CDC_SIZE) as u64;
+            let mut cursor = Cursor::default();
+            let mut buffer = vec![0; 5000];
+            for _ in 0..30 {
+                // Mostly what it may do, so that the odd lie comes at every stage.
+                let step = if draw(12) == 0 { draw(1 << 20) } else { draw(size / 2) } as u32;
+                let next = cursor.advance(step.min(size as u32), size as u32);
+                let flags = ProducerFlags::from_bits_truncate(draw(256) as u8);
+                let end = if draw(40) == 0 { draw(256) as u8 } else { 0 };
+                let word =
+                    CursorWord { cursor: next, producer: flags, state: StateFlags::from_bits_truncate(end) };
+                let says = b.receiver.ends().outgoing();
+                if draw(3) == 0 {
+                    says.store_cons(word);
+                } else {
+                    cursor = next;
+                    let cons = CursorWord { cursor: Cursor::default(), ..word };
+                    says.store_cons(cons);
+                    says.store_prod(word);
+                }
+                let len = draw(5000) as usize;
+                match draw(5) {
+                    0 => drop(a.sender().try_send(&buffer[..len])),
+                    1 => drop(a.receiver().try_recv(&mut buffer[..len])),
+                    2 => drop(a.receiver().look(&mut buffer[..len], Patience::None)),
+                    3 => {
+                        let there = a.receiver().peek_with(Patience::None);
+                        let there = there.map(|there| there.map_or(0, |there| there.len()));
+                        if let Ok(there) = there {
+                            drop(a.receiver().consume(there.min(len)));
+                        }
+                    }
+                    _ => {
+                        let _ = (a.sender().is_ready(), a.receiver().is_ready());
+                    }
+                }
+            }
+        }
+    }
 }
