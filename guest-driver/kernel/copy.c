@@ -7,7 +7,12 @@
 #include <linux/ktime.h>
 #include <linux/log2.h>
 #include <linux/slab.h>
+#include <linux/version.h>
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+#include <linux/unaligned.h>
+#else
 #include <asm/unaligned.h>
+#endif
 #include "dmbridge.h"
 
 /* Below, plain stores are best whatever the plan says. */

@@ -9,7 +9,8 @@
  *	dmb.c		DMBs that this device owns, and who is told of their signals
  *	remote.c	DMBs of others into which this device writes
  *	copy.c		stores into the window
- *	smc.c		the device as an SMC-D device of Linux
+ *	smc.c		the device as an SMC-D device of Linux up to 6.2
+ *	dibs.c		the device as a dibs device of Linux from 6.18 on
  *	chardev.c	DMBs for programs
  *
  * Who calls whom: main.c starts all; smc.c and chardev.c call dmb.c and
@@ -31,6 +32,7 @@
 #include <linux/mutex.h>
 #include <linux/percpu.h>
 #include <linux/rcupdate.h>
+#include <linux/version.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
 #include <linux/wait.h>
@@ -39,6 +41,17 @@
 
 #ifdef __BIG_ENDIAN
 #error "dmbridge: control lines are little-endian, and this driver uses them as they are"
+#endif
+
+/*
+ * How a device joins SMC. Up to Linux 6.2, smc.ko lets any in; from 6.18 on it is
+ * a client of dibs, and so are others; between, it takes those of s390 only.
+ */
+#if IS_ENABLED(CONFIG_SMC) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+#define DMBRIDGE_SMCD	1
+#elif (IS_ENABLED(CONFIG_DIBS) || defined(DMBRIDGE_TRY_DIBS)) && \
+	LINUX_VERSION_CODE >= KERNEL_VERSION(6, 18, 0)
+#define DMBRIDGE_DIBS	1
 #endif
 
 /* A device that owes an answer for so long is not used any more. */
@@ -56,6 +69,7 @@
 
 struct dmbridge;
 struct dmbridge_chardev;
+struct dibs_dev;
 struct smcd_dev;
 
 /* Configuration, checked and in the CPU's byte order */
@@ -171,6 +185,8 @@ struct dmbridge_remote {
 	u64 size;
 	void *memory;
 	struct dmbridge_line *line;
+	/* Somebody has its address, and says when it is not needed any more. */
+	bool held;
 	/* Moves that nobody waits for. */
 	atomic_t inflight;
 	/* What became of them, if not good. */
@@ -235,6 +251,7 @@ struct dmbridge {
 	struct workqueue_struct *wq;
 	struct work_struct broken;
 	struct smcd_dev *smcd;
+	struct dibs_dev *dibs;
 	struct dmbridge_chardev *chardev;
 	struct dmbridge_stats __percpu *stats;
 };
@@ -302,6 +319,8 @@ void dmbridge_remotes_init(struct dmbridge *dev);
 void dmbridge_remotes_free(struct dmbridge *dev);
 int dmbridge_write(struct dmbridge *dev, u64 token, u64 offset, const void *data, size_t size,
 		   bool signal);
+void *dmbridge_remote_hold(struct dmbridge *dev, u64 token, u64 *size);
+void dmbridge_remote_let_go(struct dmbridge *dev, u64 token);
 void dmbridge_remote_ended(struct dmbridge *dev, u64 token);
 void dmbridge_remotes_of_ended(struct dmbridge *dev, u64 owner);
 bool dmbridge_remote_is_known(struct dmbridge *dev, u64 token);
@@ -311,10 +330,11 @@ void dmbridge_remote_put(struct dmbridge_remote *remote);
 void dmbridge_copy_calibrate(void);
 void dmbridge_copy(struct dmbridge *dev, void *to, const void *from, size_t size);
 
-/* smc.c */
+/* smc.c, or dibs.c */
 int dmbridge_smc_add(struct dmbridge *dev);
 void dmbridge_smc_remove(struct dmbridge *dev);
 void dmbridge_smc_gone(struct dmbridge *dev, u64 gid);
+void dmbridge_smc_unregistered(struct dmbridge *dev, u64 gid, u64 token);
 void dmbridge_smc_software(struct dmbridge *dev, u64 gid, u32 code, u64 info);
 
 /* chardev.c */

@@ -25,6 +25,7 @@ static void handle(struct dmbridge *dev, const struct dmbridge_event *event)
 	switch (le16_to_cpu(event->type)) {
 	case DMBRIDGE_EVENT_UNREGISTERED:
 		dmbridge_remote_ended(dev, token);
+		dmbridge_smc_unregistered(dev, gid, token);
 		break;
 	case DMBRIDGE_EVENT_GONE:
 		dev_dbg(&dev->vdev->dev, "device %016llx is gone\n", gid);

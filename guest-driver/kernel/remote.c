@@ -41,14 +41,17 @@ static struct dmbridge_remote *find(struct dmbridge *dev, u64 token)
 	return NULL;
 }
 
-/* Takes it out of the table, which had a reference; whether it was in there. */
-static bool forget(struct dmbridge_remote *remote)
+/*
+ * Takes it out of the table, which had a reference; whether that was to be done.
+ * What is held stays, unless the device itself is gone.
+ */
+static bool forget(struct dmbridge_remote *remote, bool held_too)
 {
 	struct dmbridge *dev = remote->dev;
 	bool was;
 
 	spin_lock_bh(&dev->remotes_lock);
-	was = !hlist_unhashed(&remote->node);
+	was = !hlist_unhashed(&remote->node) && (held_too || !remote->held);
 	if (was) {
 		hlist_del_init_rcu(&remote->node);
 		if (!list_empty(&remote->unmappable)) {
@@ -73,7 +76,7 @@ static void set_unmappable(struct dmbridge_remote *remote)
 			oldest = list_first_entry(&dev->unmappable, struct dmbridge_remote, unmappable);
 	}
 	spin_unlock_bh(&dev->remotes_lock);
-	if (oldest && forget(oldest))
+	if (oldest && forget(oldest, false))
 		dmbridge_remote_put(oldest);
 }
 
@@ -104,7 +107,7 @@ static void attach(struct work_struct *work)
 		break;
 	case -ENOENT:
 		/* Moves will be told the same. */
-		if (forget(remote))
+		if (forget(remote, true))
 			dmbridge_remote_put(remote);
 		break;
 	default:
@@ -259,11 +262,61 @@ void dmbridge_remote_ended(struct dmbridge *dev, u64 token)
 
 	rcu_read_lock();
 	remote = find(dev, token);
-	if (remote && !forget(remote))
+	if (remote && !forget(remote, false))
 		remote = NULL;
 	rcu_read_unlock();
 	if (remote)
 		let_go(dev, &remote, 1);
+}
+
+/**
+ * dmbridge_remote_hold() - attach a DMB and have its address
+ * @dev: the device
+ * @token: the DMB
+ * @size: of it
+ *
+ * Context: may sleep.
+ * Return: the address, which is good until dmbridge_remote_let_go(); or NULL.
+ */
+void *dmbridge_remote_hold(struct dmbridge *dev, u64 token, u64 *size)
+{
+	struct dmbridge_remote *remote;
+	void *memory = NULL;
+
+	rcu_read_lock();
+	remote = find_or_add(dev, token);
+	if (remote && !kref_get_unless_zero(&remote->kref))
+		remote = NULL;
+	rcu_read_unlock();
+	if (!remote)
+		return NULL;
+	flush_work(&remote->attach);
+	if (smp_load_acquire(&remote->state) == DMBRIDGE_REMOTE_MAPPED) {
+		spin_lock_bh(&dev->remotes_lock);
+		if (!hlist_unhashed(&remote->node)) {
+			remote->held = true;
+			memory = remote->memory;
+			*size = remote->size;
+		}
+		spin_unlock_bh(&dev->remotes_lock);
+	}
+	dmbridge_remote_put(remote);
+	return memory;
+}
+
+void dmbridge_remote_let_go(struct dmbridge *dev, u64 token)
+{
+	struct dmbridge_remote *remote;
+
+	rcu_read_lock();
+	remote = find(dev, token);
+	if (remote) {
+		spin_lock_bh(&dev->remotes_lock);
+		remote->held = false;
+		spin_unlock_bh(&dev->remotes_lock);
+	}
+	rcu_read_unlock();
+	dmbridge_remote_ended(dev, token);
 }
 
 /* The device that owned some is gone. */
@@ -278,7 +331,7 @@ void dmbridge_remotes_of_ended(struct dmbridge *dev, u64 owner)
 		hash_for_each_rcu(dev->remotes, bucket, remote, node) {
 			if (count < ARRAY_SIZE(ended) &&
 			    smp_load_acquire(&remote->state) == DMBRIDGE_REMOTE_MAPPED &&
-			    remote->owner == owner && forget(remote))
+			    remote->owner == owner && forget(remote, false))
 				ended[count++] = remote;
 		}
 		rcu_read_unlock();
@@ -300,6 +353,6 @@ void dmbridge_remotes_free(struct dmbridge *dev)
 	unsigned int bucket;
 
 	hash_for_each_safe(dev->remotes, bucket, next, remote, node)
-		if (forget(remote))
+		if (forget(remote, true))
 			dmbridge_remote_put(remote);
 }

@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The device as an SMC-D device of Linux, so that AF_SMC sockets use it.
- *
- * Up to Linux 6.2, smc.ko lets any device in. From 6.3 to 6.17 it takes s390's ISM
- * devices only, and there is no way.
+ * The device as an SMC-D device of Linux up to 6.2, so that AF_SMC sockets use it;
+ * and what is said where there is no way.
  */
 #include <linux/pci.h>
-#include <linux/version.h>
 #include "dmbridge.h"
 
-#if IS_ENABLED(CONFIG_SMC) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+#ifdef DMBRIDGE_SMCD
 #include <net/smc.h>
 
 /* SMC asks for it without saying of which device: that of the first. */
@@ -192,14 +189,20 @@ void dmbridge_smc_software(struct dmbridge *dev, u64 gid, u32 code, u64 info)
 		smcd_handle_event(dev->smcd, &event);
 }
 
-#else
+/* SMC has not attached it. */
+void dmbridge_smc_unregistered(struct dmbridge *dev, u64 gid, u64 token)
+{
+}
+
+#elif !defined(DMBRIDGE_DIBS)
 
 int dmbridge_smc_add(struct dmbridge *dev)
 {
 	dev_info(&dev->vdev->dev,
 		 "not an SMC-D device: this kernel %s\n",
-		 IS_ENABLED(CONFIG_SMC) ? "lets in devices of s390 only (Linux 6.3 to 6.17)"
-					: "is built without SMC");
+		 LINUX_VERSION_CODE >= KERNEL_VERSION(6, 18, 0) ? "is built without DIBS" :
+		 IS_ENABLED(CONFIG_SMC) ? "lets in devices of s390 only (Linux 6.3 to 6.17)" :
+					  "is built without SMC");
 	return 0;
 }
 
@@ -212,6 +215,10 @@ void dmbridge_smc_gone(struct dmbridge *dev, u64 gid)
 }
 
 void dmbridge_smc_software(struct dmbridge *dev, u64 gid, u32 code, u64 info)
+{
+}
+
+void dmbridge_smc_unregistered(struct dmbridge *dev, u64 gid, u64 token)
 {
 }
 

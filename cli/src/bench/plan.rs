@@ -99,6 +99,8 @@ pub enum Transport {
     Ucx,
     /// AF_SMC sockets of two virtual machines' kernels, over dmbridge by its kernel module
     AfSmc,
+    /// As dmbridge-map, between two virtual machines' unprivileged programs, by the kernel module's character device
+    Chardev,
     /// AF_VSOCK stream sockets between two virtual machines, through vhost-device-vsock
     Vsock,
     /// Limit: one core copies the same bytes
@@ -318,6 +320,7 @@ impl Transport {
                 | EngineCpu
                 | EngineCpuNode
                 | AfSmc
+                | Chardev
         )
     }
 
@@ -340,7 +343,7 @@ impl Transport {
         use Transport::*;
         match self {
             DmbridgeMap | DmbridgeInplace | DmbridgeMove | Tcp => true,
-            AfSmc | Vsock => place == Place::Vms,
+            AfSmc | Chardev | Vsock => place == Place::Vms,
             DmbridgeSmc | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
                 place == Place::Host
             }
@@ -354,6 +357,7 @@ impl Transport {
         match work {
             // They are sockets as TCP's are.
             _ if matches!(self, AfSmc | Vsock) => Tcp.can_do(work, cpus),
+            _ if self == Chardev => DmbridgeMap.can_do(work, cpus),
             Work::PingPong { wait: Wait::Poll, bytes } => match self {
                 // The device has to run too, beside two processes that never sleep.
                 DmbridgeMove => cpus > 2,

@@ -38,6 +38,8 @@ const MTU: u32 = 65535;
 const MEMORY: u32 = 512;
 /// CPUs of each: two guests with one are all that two cores can run.
 const CPUS: u32 = 1;
+/// What needs the kernel module.
+const MODULES: [Transport; 2] = [Transport::AfSmc, Transport::Chardev];
 /// The kernel module's file in a guest.
 const MODULE: &str = "/lib/dmbridge.ko";
 /// How long a command of the set-up may take.
@@ -139,13 +141,15 @@ impl Vms {
         eprintln!("booting two virtual machines");
         let (mut guests, mut extras) = (parts.guests()?, Vec::new());
         let mut files = program(scratch)?;
-        if parts.transports.contains(&Transport::AfSmc) {
+        let of_the_module: Vec<_> =
+            parts.transports.iter().copied().filter(|transport| MODULES.contains(transport)).collect();
+        if !of_the_module.is_empty() {
             match parts.provisioned.kernel_module(&scratch.file("module")) {
                 Ok(module) => {
                     files.push((module, MODULE));
-                    extras.push(Transport::AfSmc);
+                    extras.extend(of_the_module);
                 }
-                Err(error) => guests.not_measured.push(format!("af-smc: {error}")),
+                Err(error) => guests.not_measured.push(format!("af-smc, chardev: {error}")),
             }
         }
         let mut vsock = None;
@@ -166,7 +170,7 @@ impl Vms {
         let files: Vec<_> = files.iter().map(|(file, place)| (file.as_path(), *place)).collect();
         parts.provisioned.guest_image(&image, &files).map_err(anyhow::Error::msg)?;
 
-        let with_kernel = extras.contains(&Transport::AfSmc);
+        let with_kernel = extras.iter().any(|transport| MODULES.contains(transport));
         let devices: &[&str] = if with_kernel { &["user", "kernel"] } else { &["user"] };
         let sockets = NAMES.map(|name| {
             devices.iter().map(|use_| scratch.file(&format!("{name}-{use_}.sock"))).collect::<Vec<_>>()
@@ -206,7 +210,8 @@ impl Vms {
 
     /// Whether the transport can be measured in them.
     pub fn have(&self, transport: Transport) -> bool {
-        !matches!(transport, Transport::AfSmc | Transport::Vsock) || self.extras.contains(&transport)
+        !matches!(transport, Transport::AfSmc | Transport::Chardev | Transport::Vsock)
+            || self.extras.contains(&transport)
     }
 
     /// Where measurements in them are.
@@ -299,7 +304,7 @@ fn set_up(number: usize, extras: &[Transport]) -> String {
     if extras.contains(&Transport::Vsock) {
         words += "modprobe vmw_vsock_virtio_transport\n";
     }
-    if extras.contains(&Transport::AfSmc) {
+    if extras.iter().any(|transport| MODULES.contains(transport)) {
         // The first device is for the library, so the module must not find it.
         words += "for device in /sys/bus/pci/drivers/virtio-pci/*; do\n\
                   if grep -q -e 0x1065 -e 0x106c \"$device/device\" 2>/dev/null; then\n\

@@ -61,6 +61,7 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
     match worker.job.transport {
         Transport::Tcp => over_copies(worker, tcp::connect),
         Transport::Uds => over_copies(worker, uds::connect),
+        Transport::Chardev => dmbridge::map(worker),
         Transport::AfSmc => over_copies(worker, af_smc::connect),
         Transport::Vsock => over_copies(worker, vsock::connect),
         Transport::Pipe => over_copies(worker, pipe::connect),

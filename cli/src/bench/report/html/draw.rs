@@ -33,6 +33,7 @@ pub fn colour(transport: Transport) -> RGBColor {
         Transport::Pipe => RGBColor(0xb5, 0x8a, 0x7a),
         Transport::Iceoryx2 => RGBColor(0x6f, 0xa0, 0x54),
         Transport::Ucx => RGBColor(0xc7, 0x5b, 0x8e),
+        Transport::Chardev => RGBColor(0x3d, 0x6b, 0x1f),
         Transport::AfSmc => RGBColor(0x2b, 0x7f, 0xd6),
         Transport::Vsock => RGBColor(0x5f, 0x9e, 0xa8),
         Transport::Memcpy | Transport::Ring | Transport::Cacheline => RGBColor(0x8d, 0x95, 0x9e),

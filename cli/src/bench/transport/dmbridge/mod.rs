@@ -16,7 +16,7 @@ use dmbridge::{Device, Dmb, Gid, Token, pci};
 use std::time::Duration;
 
 use crate::bench::measurement::Worker;
-use crate::bench::plan::{Job, Site, Wait, Work};
+use crate::bench::plan::{Job, Site, Transport, Wait, Work};
 
 /// Size of each DMB of a stream.
 const DMB: usize = 4 << 20;
@@ -40,6 +40,10 @@ fn connect(worker: &Worker, can_map: bool, size: usize) -> Result<Ends> {
     let device = match &job.site {
         Site::Host { hub, .. } => {
             builder.connect(hub.as_ref().context("there is no daemon to connect to")?)?
+        }
+        Site::Vms { .. } if job.transport == Transport::Chardev => {
+            let file = dmbridge::file::find().into_iter().next();
+            builder.open_file(file.context("this virtual machine has no character device of dmbridge")?)?
         }
         Site::Vms { .. } => {
             let address = *pci::find().first().context("this virtual machine has no dmbridge device")?;
