@@ -2,7 +2,7 @@
 
 use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::vm::kernel::{
-    AF_SMC, MODULE, address, assert_kernel_is_content, network, set_up_network, set_up_smc,
+    MODULE, address, assert_kernel_is_content, network, set_up_network, set_up_smc,
 };
 use dmbridge_tests::vm::shared::{Lent, Shared, in_lasting_thread};
 use dmbridge_tests::vm::{Running, Vm, VmOptions};
@@ -228,6 +228,21 @@ fn connections_of_a_guest_that_is_paused_go_on() {
 }
 
 #[test]
+fn a_device_that_is_unplugged_in_traffic_ends_its_connections_and_can_come_back() {
+    let mut setup = setup();
+    let (server, client) = endless(&setup, 7060);
+    setup.b.unplug(0);
+    ended(&setup.b, client);
+    ended(&setup.a, server);
+    let socket = setup.daemon.path("b.sock");
+    setup.b.plug(0, &socket);
+    setup.b.shell("until ls -d /sys/bus/virtio/drivers/dmbridge/virtio* 2>/dev/null; do sleep 0.1; done");
+    works(&setup, 7061);
+    assert_kernel_is_content(&setup.a);
+    assert_kernel_is_content(&setup.b);
+}
+
+#[test]
 fn a_guest_that_is_killed_in_traffic_ends_its_peers_connections() {
     let mut setup = setup();
     let (server, client) = endless(&setup, 7040);
@@ -264,7 +279,7 @@ fn a_daemon_that_dies_in_traffic_ends_connections_and_new_ones_are_tcp() {
 
 /// Runs a program of others in a guest, its sockets AF_SMC ones, and leaves it running.
 fn start_program(vm: &Vm, words: &str) -> Running {
-    vm.start_command(&["sh", "-ec", &format!("export LD_PRELOAD={AF_SMC}; exec /opt/debian/bin/{words}")])
+    vm.start_command(&["sh", "-ec", &format!("exec dmbridge-run --af-smc /opt/debian/bin/{words}")])
 }
 
 /// Runs one that ends well; what it says.

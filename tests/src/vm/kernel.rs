@@ -53,6 +53,8 @@ pub fn set_up_network(vm: &Vm, number: usize) {
 pub fn set_up_smc(vm: &Vm) {
     vm.push(&fs::read(module()).expect("the module was built"), MODULE);
     vm.push(&fs::read(af_smc()).expect("the library was built"), AF_SMC);
+    let run = build("dmbridge-preload", "dmbridge-run");
+    vm.push(&fs::read(run).expect("the program was built"), "/usr/bin/dmbridge-run");
     let program = build("dmbridge-guest-setup", "dmbridge-guest-setup");
     vm.push(&fs::read(program).expect("the program was built"), "/usr/bin/dmbridge-guest-setup");
     vm.output(&["dmbridge-guest-setup", "--module", MODULE]);

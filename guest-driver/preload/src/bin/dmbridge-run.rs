@@ -14,6 +14,8 @@ use std::sync::atomic::Ordering;
 
 /// The preloaded library's file.
 const LIBRARY: &str = "libdmbridge_preload.so";
+/// The file of the one that leaves the work to the kernel.
+const AF_SMC_LIBRARY: &str = "libdmbridge_af_smc.so";
 
 /// Run an unchanged program; its TCP connections to programs of this host that run like this go over shared memory.
 #[derive(Parser)]
@@ -22,6 +24,9 @@ struct Args {
     /// The daemon's hub socket
     #[arg(long, env = "DMBRIDGE_HUB", default_value = "/run/dmbridge/hub.sock")]
     hub: PathBuf,
+    /// Leave it to the kernel: make the program's TCP sockets AF_SMC ones (docs/smc-in-a-guest.md)
+    #[arg(long, conflicts_with_all = ["verbose", "stats"])]
+    af_smc: bool,
     /// Say on standard error why connections stay TCP
     #[arg(long)]
     verbose: bool,
@@ -77,15 +82,16 @@ fn run(args: &Args) -> Result<ExitCode, String> {
 
 /// Where the library is: named, next to this program, or in the `lib` folder next to its folder.
 fn find_library(args: &Args) -> Result<PathBuf, String> {
+    let name = if args.af_smc { AF_SMC_LIBRARY } else { LIBRARY };
     let own =
         std::env::current_exe().map_err(|error| format!("cannot find out where this program is: {error}"))?;
     let folder = own.parent().unwrap_or(Path::new("/"));
     let places = match &args.library {
         Some(named) => vec![named.clone()],
-        None => [".", "../lib", "../lib/dmbridge"].map(|place| folder.join(place).join(LIBRARY)).to_vec(),
+        None => [".", "../lib", "../lib/dmbridge"].map(|place| folder.join(place).join(name)).to_vec(),
     };
     let found = places.iter().find_map(|place| place.canonicalize().ok().filter(|place| place.is_file()));
-    found.ok_or_else(|| format!("{LIBRARY} was not found in {}; install it there", folder.display()))
+    found.ok_or_else(|| format!("{name} was not found in {}; install it there", folder.display()))
 }
 
 /// The counters of all processes that the program becomes.
