@@ -16,6 +16,8 @@ use crate::rendezvous::Rendezvous;
 
 /// How much longer than the measurement its warm-up, start and end may take.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The same for guests, which may be emulated and share two CPUs with what else runs.
+const PATIENCE_WITH_GUESTS: Duration = Duration::from_secs(180);
 
 /// What one of the two processes knows.
 pub struct Worker {
@@ -50,10 +52,10 @@ pub fn run(job: &Job, vms: Option<&Vms>) -> Result<Outcome> {
         }
         Ok(())
     };
-    let (text, patience) = (serde_json::to_string(job)?, 10 * job.duration + PATIENCE);
+    let (text, length) = (serde_json::to_string(job)?, 10 * job.duration);
     match vms {
-        Some(vms) => vms.run(WORKER, &text, patience, hear)?,
-        None => pair::run(WORKER, &text, patience, hear)?,
+        Some(vms) => vms.run(WORKER, &text, length + PATIENCE_WITH_GUESTS, hear)?,
+        None => pair::run(WORKER, &text, length + PATIENCE, hear)?,
     }
     outcome.context("the processes of the measurement ended without a result")
 }
