@@ -148,7 +148,7 @@ impl Spinner {
             let start = *start.get_or_insert(now);
             let spent = u64::try_from((now - start).as_nanos()).unwrap_or(u64::MAX);
             if spent >= budget || deadline.is_some_and(|d| now >= d) || give_up() {
-                self.misses.store(self.misses.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
+                self.missed();
                 return Err(start);
             }
             if spent < BETWEEN_CLOCKS / 2 {
@@ -176,8 +176,13 @@ impl Spinner {
             budget / 2
         };
         self.budget.store(next, Ordering::Relaxed);
-        let misses = self.misses.load(Ordering::Relaxed);
-        if misses >= PATIENCE && self.pause.load(Ordering::Relaxed) == 0 {
+    }
+
+    /// Learns from a spin in vain. One that comes after a pause and is not in vain ends all pausing.
+    fn missed(&self) {
+        let misses = self.misses.load(Ordering::Relaxed).saturating_add(1);
+        self.misses.store(misses, Ordering::Relaxed);
+        if misses >= PATIENCE {
             self.pause.store(1 << (misses - PATIENCE).min(LONGEST_PAUSE), Ordering::Relaxed);
         }
     }
@@ -255,6 +260,14 @@ mod tests {
             spinner.slept(Duration::from_nanos(900));
         }
         assert!(spun < 50, "{spun} of 1000 waits spun");
+        // When the awaited one has got another CPU, spinning comes back.
+        let waits = (0..100).position(|_| {
+            let spun = spinner.spin(None, || true, || false).is_ok();
+            spinner.slept(Duration::from_nanos(900));
+            spun
+        });
+        assert!(waits.is_some_and(|waits| waits <= 1 << LONGEST_PAUSE), "{waits:?}");
+        assert!((0..100).all(|_| spinner.spin(None, || true, || false).is_ok()));
     }
 
     #[test]
