@@ -12,7 +12,7 @@ fn two_virtual_machines_are_measured_and_shown() {
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("page.html");
     // Without AF_VSOCK, which would have to be built first.
-    let transports = "dmbridge-map,dmbridge-move,tcp,af-smc";
+    let transports = "dmbridge-map,dmbridge-move,tcp,af-smc,chardev";
     let mut command = Command::new(env!("CARGO_BIN_EXE_dmbridge"));
     command.env("TMPDIR", folder.path());
     command.args([

@@ -306,7 +306,8 @@ fn method(run: &Run, out: &mut String) -> Result<()> {
     )?;
     match &machine.guests {
         Some(_) => out.push_str(
-            "<p><b>dmbridge-map</b> and <b>dmbridge-move</b> drive the PCI device from user space in the guest. \
+            "<p><b>dmbridge-map</b> and <b>dmbridge-move</b> drive the PCI device from user space in the guest, \
+             <b>chardev</b> by the kernel module's character device. \
              <b>af-smc</b> are the guest kernel's own AF_SMC sockets, over another device, which the kernel module drives. \
              <b>tcp</b> goes over virtio-net through QEMU's own back-end, from one QEMU to the other, without vhost; \
              <b>vsock</b> through vhost-device-vsock, a process of the host, as ours goes through dmbridged.</p>\n<dl>\n",
