@@ -142,6 +142,8 @@ struct dmbridge_signal_event {
 #define DMBRIDGE_EVENT_SOFTWARE		5
 #define DMBRIDGE_EVENT_EXTENT_ADDED	6
 #define DMBRIDGE_EVENT_EXTENT_REMOVED	7
+#define DMBRIDGE_EVENT_PAUSED		9
+#define DMBRIDGE_EVENT_RESUMED		10
 
 struct dmbridge_event {
 	__le16 type;

@@ -234,6 +234,9 @@ struct dmbridge {
 	struct dmbridge_moves *moves;
 	unsigned int move_queues;
 	struct delayed_work watchdog;
+	/* Devices that are paused: moves to them may wait for as long. By the work. */
+	struct list_head paused;
+	atomic_t num_paused;
 	/* DMBs of this device: as long as there are some, it is watched. */
 	atomic_t live;
 

@@ -16,6 +16,36 @@ static int post(struct dmbridge_events *events, struct dmbridge_event_buffer *bu
 	return virtqueue_add_inbuf(events->vq, &sg, 1, buffer, GFP_ATOMIC);
 }
 
+/* A device that is paused. */
+struct paused {
+	struct list_head list;
+	u64 gid;
+};
+
+static void set_paused(struct dmbridge *dev, u64 gid, bool is_paused)
+{
+	struct paused *paused;
+
+	list_for_each_entry(paused, &dev->paused, list) {
+		if (paused->gid != gid)
+			continue;
+		if (!is_paused) {
+			list_del(&paused->list);
+			kfree(paused);
+			atomic_dec(&dev->num_paused);
+		}
+		return;
+	}
+	if (!is_paused)
+		return;
+	paused = kmalloc(sizeof(*paused), GFP_KERNEL);
+	if (paused) {
+		paused->gid = gid;
+		list_add(&paused->list, &dev->paused);
+		atomic_inc(&dev->num_paused);
+	}
+}
+
 static void handle(struct dmbridge *dev, const struct dmbridge_event *event)
 {
 	u64 gid = dmbridge_gid_id(&event->gid);
@@ -27,7 +57,14 @@ static void handle(struct dmbridge *dev, const struct dmbridge_event *event)
 		dmbridge_remote_ended(dev, token);
 		dmbridge_smc_unregistered(dev, gid, token);
 		break;
+	case DMBRIDGE_EVENT_PAUSED:
+		set_paused(dev, gid, true);
+		break;
+	case DMBRIDGE_EVENT_RESUMED:
+		set_paused(dev, gid, false);
+		break;
 	case DMBRIDGE_EVENT_GONE:
+		set_paused(dev, gid, false);
 		dev_dbg(&dev->vdev->dev, "device %016llx is gone\n", gid);
 		dmbridge_remotes_of_ended(dev, gid);
 		dmbridge_smc_gone(dev, gid);
@@ -126,5 +163,9 @@ void dmbridge_events_start(struct dmbridge *dev)
 
 void dmbridge_events_free(struct dmbridge *dev)
 {
+	struct paused *paused, *next;
+
+	list_for_each_entry_safe(paused, next, &dev->paused, list)
+		kfree(paused);
 	kfree(dev->events.buffers);
 }

@@ -201,6 +201,7 @@ static int dmbridge_probe(struct virtio_device *vdev)
 	mutex_init(&dev->control.mutex);
 	init_completion(&dev->control.answered);
 	INIT_LIST_HEAD(&dev->events.waiting);
+	INIT_LIST_HEAD(&dev->paused);
 	INIT_WORK(&dev->broken, broken);
 	dmbridge_remotes_init(dev);
 

@@ -71,6 +71,18 @@ static void reap(struct dmbridge_moves *moves)
 	}
 }
 
+/*
+ * The device owes something for too long. While another device is paused, moves to
+ * it wait, and those behind them: then only who waits gives up.
+ */
+static int late(struct dmbridge *dev)
+{
+	if (atomic_read(&dev->num_paused))
+		return -ETIMEDOUT;
+	dmbridge_break(dev, "it does not do its moves");
+	return -EIO;
+}
+
 /* Spins until *done, or, without it, until something may have changed. */
 static int spin(struct dmbridge_moves *moves, const bool *done, ktime_t end)
 {
@@ -84,8 +96,7 @@ static int spin(struct dmbridge_moves *moves, const bool *done, ktime_t end)
 		if (!done || smp_load_acquire(done))
 			return 0;
 	} while (ktime_before(ktime_get(), end));
-	dmbridge_break(moves->dev, "it does not do a move");
-	return -EIO;
+	return late(moves->dev);
 }
 
 static ktime_t patience(void)
@@ -194,10 +205,8 @@ again:
 	return wait.status ? wait.status : size;
 full:
 	rc = spin(moves, NULL, end);
-	if (!rc && ktime_after(ktime_get(), end)) {
-		dmbridge_break(moves->dev, "it does not do its moves");
-		rc = -EIO;
-	}
+	if (!rc && ktime_after(ktime_get(), end))
+		rc = late(moves->dev);
 	if (rc)
 		return rc;
 	goto again;
@@ -286,10 +295,8 @@ int dmbridge_moves_drain(struct dmbridge_remote *remote)
 		rc = spin(moves, NULL, end);
 		if (rc)
 			return rc;
-		if (ktime_after(ktime_get(), end)) {
-			dmbridge_break(moves->dev, "it does not do its moves");
-			return -EIO;
-		}
+		if (ktime_after(ktime_get(), end))
+			return late(moves->dev);
 	}
 	return 0;
 }
@@ -304,7 +311,7 @@ static void watch(struct work_struct *work)
 	struct dmbridge *dev = container_of(to_delayed_work(work), struct dmbridge, watchdog);
 	unsigned long limit = msecs_to_jiffies(DMBRIDGE_PATIENCE_MS);
 	struct dmbridge_move_header nothing = {};
-	bool busy = false, late = false;
+	bool busy = false, too_late = false;
 	unsigned int i, j;
 
 	for (i = 0; i < dev->move_queues; i++) {
@@ -316,11 +323,11 @@ static void watch(struct work_struct *work)
 		for (j = 0; moves->busy && j < DMBRIDGE_MOVE_SLOTS; j++)
 			if (list_empty(&moves->slots[j].free) &&
 			    time_after(jiffies, moves->slots[j].posted + limit))
-				late = true;
+				too_late = true;
 		spin_unlock_bh(&moves->lock);
 	}
-	if (late)
-		dmbridge_break(dev, "it does not do its moves");
+	if (too_late)
+		late(dev);
 	else if (!busy && atomic_read(&dev->live))
 		post(&dev->moves[0], &nothing, NULL, 0, NULL, false);
 	dmbridge_watch(dev);
