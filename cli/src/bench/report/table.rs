@@ -24,8 +24,8 @@ const PROMISES: [Promise; 11] = [
     promise("every byte made and read, in place", "produce-64k", DmbridgeInplace, DmbridgeMap, 1.3, 1.7),
     promise("100-byte request and response", "rate-100", DmbridgeMap, Tcp, 5.0, 20.0),
     promise("move of 1 MiB", "move-1m", DmbridgeMove, Memcpy, 0.8, 0.95),
-    promise("1 MiB, buffer to buffer", "cma-large-1m", DmbridgeDirect, DmbridgeMap, 1.5, 2.0),
-    promise("16 MiB, buffer to buffer", "cma-large-16m", DmbridgeDirect, DmbridgeMap, 1.5, 2.0),
+    promise("1 MiB, buffer to buffer", "cma-large-1m", DmbridgeMessage, DmbridgeMap, 1.5, 2.0),
+    promise("16 MiB, buffer to buffer", "cma-large-16m", DmbridgeMessage, DmbridgeMap, 1.5, 2.0),
     promise("1 MiB, buffer to buffer", "cma-large-1m", DmbridgeMessage, Tcp, 2.0, 3.0),
     promise("16 MiB, buffer to buffer", "cma-large-16m", DmbridgeMessage, Tcp, 2.0, 3.0),
 ];

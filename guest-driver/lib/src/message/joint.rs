@@ -1,10 +1,11 @@
 //! A copy that two processes do together, in chunks that either claims: the receiver reads from the sender's memory, and the
-//! sender, if it has nothing else to do, writes into the receiver's. What they need to know of one another for that lies in
+//! sender, if it has nothing else to do, writes into the receiver's. The receiver goes forward from the start, the sender
+//! backward from the end, so that each has its own part in its cache, as far as it has it there. What they need to know of one another for that lies in
 //! the last page of the receiver's DMB, which both have mapped.
 //!
 //! | offset | size | written by | what |
 //! | --- | --- | --- | --- |
-//! | 0 | 8 | both | number of the offer (upper half), and the next chunk to claim |
+//! | 0 | 8 | both | number of the offer (upper half), and how many chunks are claimed from the start and from the end (16 bits each) |
 //! | 64 | 8 | receiver | the offer that was taken last (upper half), and how |
 //! | 128 | 8 | receiver | the offer whose destination is known (upper half), and in how many pieces it is |
 //! | 192 | 8 | sender | the offer that it helps with (upper half), and how many chunks it has copied |
@@ -20,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Size of all of it, in bytes.
 pub(super) const SIZE: usize = 4096;
-/// The most bytes that are claimed at once.
+/// Bytes that are claimed at once, unless that would be too many chunks.
 pub(super) const CHUNK: usize = 128 << 10;
 
 const CLAIM: usize = 0;
@@ -31,6 +32,18 @@ const FAILED: usize = 200;
 const PIECES: usize = 256;
 /// The most pieces of a destination that a sender can write into.
 const MAX_PIECES: usize = (SIZE - PIECES) / 16;
+
+/// The most chunks of a message.
+const MAX_CHUNKS: usize = 1 << 15;
+
+/// From which end a side claims.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The receiver.
+    Start,
+    /// The sender.
+    End,
+}
 
 /// How an offer was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,9 +70,19 @@ fn of(number: u32, word: u64) -> Option<u32> {
     ((word >> 32) as u32 == number).then_some(word as u32)
 }
 
-/// How many chunks so many bytes are.
+/// Size of the chunks of a message, in bytes; the last one may be shorter.
+pub(super) fn chunk_size(len: usize) -> usize {
+    CHUNK.max(len.div_ceil(MAX_CHUNKS))
+}
+
+/// How many chunks a message is.
 pub(super) fn chunks(len: usize) -> u32 {
-    len.div_ceil(CHUNK) as u32
+    len.div_ceil(chunk_size(len)) as u32
+}
+
+/// How many chunks are claimed from the start, and from the end.
+fn claimed(low: u32) -> (u32, u32) {
+    (low & 0xffff, low >> 16)
 }
 
 impl<'a> Joint<'a> {
@@ -99,11 +122,18 @@ impl<'a> Joint<'a> {
     }
 
     /// Both: a chunk to copy, of so many; `None` if all are claimed, or nobody may claim any more.
-    pub(super) fn claim(self, number: u32, chunks: u32) -> Option<u32> {
+    pub(super) fn claim(self, number: u32, chunks: u32, end: End) -> Option<u32> {
         let mut seen = self.at(CLAIM).load(Ordering::Acquire);
         loop {
-            let chunk = of(number, seen).filter(|chunk| *chunk < chunks)?;
-            let next = word(number, chunk + 1);
+            let (front, back) = claimed(of(number, seen)?);
+            if front + back >= chunks {
+                return None;
+            }
+            let (chunk, front, back) = match end {
+                End::Start => (front, front + 1, back),
+                End::End => (chunks - 1 - back, front, back + 1),
+            };
+            let next = word(number, front | back << 16);
             match self.at(CLAIM).compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => return Some(chunk),
                 Err(now) => seen = now,
@@ -114,7 +144,10 @@ impl<'a> Joint<'a> {
     /// Receiver: nobody may claim any more. How many were claimed, of so many.
     pub(super) fn close(self, number: u32, chunks: u32) -> u32 {
         let seen = self.at(CLAIM).swap(word(number, u32::MAX), Ordering::AcqRel);
-        of(number, seen).map_or(chunks, |claimed| claimed.min(chunks))
+        of(number, seen).map_or(chunks, |low| {
+            let (front, back) = claimed(low);
+            (front + back).min(chunks)
+        })
     }
 
     /// Sender: it has copied so many chunks of an offer.
@@ -164,10 +197,10 @@ mod tests {
         for number in 1..200 {
             let joint = Joint::of(&memory);
             joint.open(number, &[]);
-            let claims = || std::iter::from_fn(|| joint.claim(number, 37)).collect::<Vec<_>>();
+            let claims = |end| std::iter::from_fn(|| joint.claim(number, 37, end)).collect::<Vec<_>>();
             let mut all = std::thread::scope(|scope| {
-                let other = scope.spawn(claims);
-                let mut all = claims();
+                let other = scope.spawn(|| claims(End::End));
+                let mut all = claims(End::Start);
                 all.extend(other.join().unwrap());
                 all
             });
@@ -181,11 +214,20 @@ mod tests {
         let memory = memory(2 * SIZE);
         let joint = Joint::of(&memory);
         joint.open(7, &[]);
-        assert_eq!((joint.claim(7, 10), joint.claim(7, 10)), (Some(0), Some(1)));
-        assert_eq!(joint.claim(6, 10), None, "another offer");
+        assert_eq!((joint.claim(7, 10, End::Start), joint.claim(7, 10, End::End)), (Some(0), Some(9)));
+        assert_eq!(joint.claim(6, 10, End::Start), None, "another offer");
         assert_eq!(joint.close(7, 10), 2);
-        assert_eq!(joint.claim(7, 10), None);
+        assert_eq!((joint.claim(7, 10, End::Start), joint.claim(7, 10, End::End)), (None, None));
         assert_eq!(joint.close(7, 10), 10, "more is never known than there is");
+    }
+
+    #[test]
+    fn a_message_of_any_length_has_chunks_that_can_be_counted() {
+        for len in [1, CHUNK, CHUNK + 1, MAX_CHUNKS * CHUNK, MAX_CHUNKS * CHUNK + 1, 1 << 45, usize::MAX / 4]
+        {
+            let (size, chunks) = (chunk_size(len), chunks(len) as usize);
+            assert!(chunks <= MAX_CHUNKS && size * (chunks - 1) < len && len <= size * chunks, "{len}");
+        }
     }
 
     #[test]

@@ -35,7 +35,7 @@ use crate::error::{Error, OutOfBounds};
 use crate::fork::Process;
 use crate::stream::{self, DmbStream};
 use frame::Frame;
-use joint::{CHUNK, Joint, Taken};
+use joint::{CHUNK, End, Joint, Taken};
 use libc::iovec;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
@@ -334,11 +334,11 @@ impl Sender {
             return Ok(());
         }
         let mut helped = 0;
-        while let Some(chunk) = joint.claim(number, joint::chunks(len)) {
-            let at = chunk as usize * CHUNK;
+        let size = joint::chunk_size(len);
+        while let Some(chunk) = joint.claim(number, joint::chunks(len), End::End) {
+            let at = chunk as usize * size;
             // SAFETY: the pieces are a message that is borrowed until it is taken; they are only read.
-            let copied =
-                unsafe { peer.copy(Direction::Write, message, destination, at, CHUNK.min(len - at)) };
+            let copied = unsafe { peer.copy(Direction::Write, message, destination, at, size.min(len - at)) };
             if let Err(error) = copied {
                 tracing::debug!("the receiver has to copy by itself: {error}");
                 joint.set_failed(number, chunk);
@@ -441,10 +441,7 @@ impl Receiver {
             Frame::Inline { len } => Ok(Next::Inline { len: long(len)? }),
             Frame::Offer { number, len, pieces } => {
                 let len = long(len)?;
-                if pieces as usize > cma::MAX_PIECES
-                    || self.peer.is_none()
-                    || len / CHUNK >= u32::MAX as usize / 2
-                {
+                if pieces as usize > cma::MAX_PIECES || self.peer.is_none() || len > isize::MAX as usize {
                     return Err(Error::Peer("it offers what cannot be taken"));
                 }
                 let mut bytes = vec![0; pieces as usize * 16];
@@ -501,16 +498,17 @@ impl Receiver {
         joint.open(number, if self.process.is_current() { &destination } else { &[] });
         // It may sleep until there is something to do for it. That it cannot be woken is seen below.
         let _ = self.stream.remote().notify();
+        let size = joint::chunk_size(len);
         let copy = |chunk: u32| {
-            let at = chunk as usize * CHUNK;
+            let at = chunk as usize * size;
             // SAFETY: the destination is borrowed for the whole of this function, which does not end before the sender
             // has done with what it claimed; nobody else accesses it.
-            unsafe { peer.copy(Direction::Read, &destination, pieces, at, CHUNK.min(len - at)) }
+            unsafe { peer.copy(Direction::Read, &destination, pieces, at, size.min(len - at)) }
         };
         let mut own = 0;
         let mut result = Ok(());
         while result.is_ok()
-            && let Some(chunk) = joint.claim(number, chunks)
+            && let Some(chunk) = joint.claim(number, chunks, End::Start)
         {
             own += 1;
             result = copy(chunk);
