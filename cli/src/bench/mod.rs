@@ -8,9 +8,11 @@
 //! | [`vms`] | the two virtual machines in which they are, if asked for |
 //! | [`case`] | what they do |
 //! | [`transport`] | over what |
+//! | [`apps`] | programs as they are, over TCP and by `dmbridge-run` |
 //! | [`measure`] | clocks and samples |
 //! | [`machine`], [`report`] | what it ran on, and how results are shown |
 
+mod apps;
 mod case;
 mod copy;
 mod machine;
@@ -58,6 +60,9 @@ pub struct Args {
     /// Measure between two virtual machines, which are booted for it: map and move against TCP over virtio-net and AF_VSOCK
     #[arg(long)]
     vms: bool,
+    /// Measure programs as they are, over TCP and by dmbridge-run: iperf3, sockperf, redis, nginx + wrk
+    #[arg(long, conflicts_with_all = ["vms", "transports"])]
+    apps: bool,
     /// Write the results as JSON ("-": to standard output, in place of the table)
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -80,6 +85,12 @@ pub struct Args {
 
 /// Measures, and shows the results.
 pub fn run(args: Args) -> Result<()> {
+    if args.apps {
+        return run_apps(&args);
+    }
+    if let Some(case) = args.cases.iter().find(|case| case.is_app()) {
+        return Err(usage(format!("{} is measured only with --apps", case.name())));
+    }
     let place = if args.vms { Place::Vms } else { Place::Host };
     let cases =
         if args.cases.is_empty() { default_cases(place, args.html.is_some()) } else { args.cases.clone() };
@@ -120,16 +131,35 @@ pub fn run(args: Args) -> Result<()> {
     }
     bench.progress.finish();
 
+    show(&args, &run)
+}
+
+/// Shows the results as they were asked for.
+fn show(args: &Args, run: &Run) -> Result<()> {
     if let Some(file) = &args.json {
-        json::write(&run, file)?;
+        json::write(run, file)?;
     }
     if let Some(file) = &args.html {
-        html::write(&run, file)?;
+        html::write(run, file)?;
     }
     if args.json.as_deref() != Some(Path::new("-")) {
-        print!("{}", table::text(&run));
+        print!("{}", table::text(run));
     }
     Ok(())
+}
+
+/// Measures programs as they are.
+fn run_apps(args: &Args) -> Result<()> {
+    if let Some(case) = args.cases.iter().find(|case| !case.is_app()) {
+        return Err(usage(format!("{} is not about programs; measure it without --apps", case.name())));
+    }
+    let mut run = Run { machine: Machine::look()?, results: Vec::new() };
+    let cases = if args.cases.is_empty() { apps::CASES.to_vec() } else { args.cases.clone() };
+    let scratch = Scratch::new(transport::remove_leftovers)?;
+    let daemon = Daemon::start(&scratch)?;
+    let seconds = if args.quick { 1 } else { 3 };
+    apps::measure(&cases, daemon.hub(), scratch.path(), args.rounds, seconds, &mut run.results)?;
+    show(args, &run)
 }
 
 /// On one host, all but the sweep, which only a picture shows. Between virtual machines, those that tell them from others.
@@ -139,7 +169,8 @@ fn default_cases(place: Place, picture: bool) -> Vec<Case> {
             vec![Case::Latency14, Case::Latency14Sleep, Case::Rate100, Case::Stream64k, Case::Move1m]
         }
         Place::Host => {
-            Case::value_variants().iter().copied().filter(|case| picture || *case != Case::Sweep).collect()
+            let all = Case::value_variants().iter().copied().filter(|case| !case.is_app());
+            all.filter(|case| picture || *case != Case::Sweep).collect()
         }
     }
 }
@@ -166,7 +197,8 @@ fn choose_transports(asked: &[Transport], place: Place) -> Result<Vec<Transport>
     if !asked.is_empty() {
         return Ok(asked.to_vec());
     }
-    let all = Transport::value_variants().iter().copied().filter(|transport| transport.is_in(place));
+    let all = Transport::value_variants().iter().copied();
+    let all = all.filter(|transport| transport.is_in(place) && *transport != Transport::DmbridgeRun);
     Ok(all.filter(|t| missing(*t).inspect(|sentence| eprintln!("{sentence}")).is_none()).collect())
 }
 

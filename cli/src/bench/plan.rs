@@ -62,6 +62,21 @@ pub enum Case {
     /// One daemon with 1, 10, 100 and 1,000 devices
     #[value(name = "scale")]
     Scale,
+    /// Unchanged iperf3, one stream (with --apps, as all that follow)
+    #[value(name = "iperf3")]
+    Iperf3,
+    /// Unchanged sockperf ping-pong, 14 bytes
+    #[value(name = "sockperf-pp")]
+    SockperfPp,
+    /// Unchanged sockperf throughput, messages of 1 KiB
+    #[value(name = "sockperf-tp")]
+    SockperfTp,
+    /// Unchanged redis-server and redis-benchmark, GET over 50 connections
+    #[value(name = "redis-get")]
+    RedisGet,
+    /// Unchanged nginx and wrk, a file of 600 bytes over 16 connections
+    #[value(name = "nginx-wrk")]
+    NginxWrk,
     /// Latency and throughput for sizes from 1 B to 16 MiB (always measured for --html)
     #[value(name = "sweep")]
     Sweep,
@@ -79,6 +94,8 @@ pub enum Transport {
     DmbridgeMove,
     /// The library's sockets (SMC-D) over DMBs
     DmbridgeSmc,
+    /// Unchanged programs by dmbridge-run (with --apps)
+    DmbridgeRun,
     /// Messages over DMBs, or directly from buffer to buffer, as the library chooses
     DmbridgeMessage,
     /// Messages directly from buffer to buffer (CMA), both processes copying
@@ -274,7 +291,12 @@ impl Case {
 
     /// Whether it says something of two virtual machines.
     pub fn is_in_vms(self) -> bool {
-        !matches!(self, Case::Patterns | Case::Scale)
+        !matches!(self, Case::Patterns | Case::Scale) && !self.is_app()
+    }
+
+    /// Whether it is about programs as they are.
+    pub fn is_app(self) -> bool {
+        super::apps::CASES.contains(&self)
     }
 
     /// What the case measures; `None` for those that are not one measurement.
@@ -296,6 +318,9 @@ impl Case {
             Case::CmaStream1m => (Work::Large { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
             Case::CmaStream16m => (Work::Large { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
             Case::Scale | Case::Sweep | Case::Patterns => return None,
+            Case::Iperf3 | Case::SockperfPp | Case::SockperfTp | Case::RedisGet | Case::NginxWrk => {
+                return None;
+            }
         })
     }
 }
@@ -315,6 +340,7 @@ impl Transport {
                 | DmbridgeInplace
                 | DmbridgeMove
                 | DmbridgeSmc
+                | DmbridgeRun
                 | DmbridgeMessage
                 | DmbridgeDirect
                 | EngineCpu
@@ -344,7 +370,7 @@ impl Transport {
         match self {
             DmbridgeMap | DmbridgeInplace | DmbridgeMove | Tcp => true,
             AfSmc | Chardev | Vsock => place == Place::Vms,
-            DmbridgeSmc | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
+            DmbridgeSmc | DmbridgeRun | DmbridgeMessage | DmbridgeDirect | EngineCpu | EngineCpuNode => {
                 place == Place::Host
             }
             Uds | Pipe | Iceoryx2 | Ucx | Memcpy | Ring | Cacheline => place == Place::Host,

@@ -1,5 +1,5 @@
 //! Whether others want the CPU: then who spins takes it from them, and is given it later when it needs it. Each thread looks
-//! at how long it had to wait for a CPU itself.
+//! at how long it had to wait for a CPU itself. Many short waits are no crowd: so it is for two that wake each other.
 
 use crate::tcp::milliseconds;
 use dmbridge::Spinner;
@@ -11,12 +11,14 @@ use std::time::Instant;
 const EVERY: u64 = 10;
 /// How long not to spin after it was crowded, in ms.
 const PAUSE: u64 = 50;
-/// Crowded is who had to wait for more than one in so many ms.
+/// Crowded is who had to wait for more than one in so many ms,
 const SHARE: u64 = 10;
+/// and each time for so long on average, in ns.
+const LONG: u64 = 100_000;
 
 thread_local! {
-    /// When to look next and when to spin next (ms); when and what was seen last (ms, ns).
-    static SEEN: Cell<(u64, u64, u64, u64)> = const { Cell::new((0, 0, 0, 0)) };
+    /// When to look next and when to spin next (ms); when and what was seen last (ms, and as `waits` says).
+    static SEEN: Cell<(u64, u64, u64, (u64, u64))> = const { Cell::new((0, 0, 0, (0, 0))) };
 }
 
 /// As [`Spinner::spin`], unless it is crowded.
@@ -43,18 +45,20 @@ fn is_crowded() -> bool {
         if now < next {
             return now < resume;
         }
-        let waited = crate::errno::keep(waited);
-        let crowded = last != 0 && (waited.saturating_sub(before) / 1_000_000) * SHARE > now - last;
+        let seen_now = crate::errno::keep(waits);
+        let (waited, times) = (seen_now.0.saturating_sub(before.0), seen_now.1.saturating_sub(before.1));
+        let crowded = last != 0 && waited / 1_000_000 * SHARE > now - last && waited / times.max(1) > LONG;
         let resume = if crowded { now + PAUSE } else { 0 };
-        seen.set((now + if crowded { PAUSE } else { EVERY }, resume, now, waited));
+        seen.set((now + if crowded { PAUSE } else { EVERY }, resume, now, seen_now));
         crowded
     })
 }
 
-/// How long this thread has waited for a CPU in all, in ns (`Documentation/scheduler/sched-stats.rst`).
-fn waited() -> u64 {
+/// How long this thread has waited for a CPU in all, in ns, and how often (`Documentation/scheduler/sched-stats.rst`).
+fn waits() -> (u64, u64) {
     let mut text = [0u8; 96];
     let read = std::fs::File::open("/proc/thread-self/schedstat").and_then(|mut file| file.read(&mut text));
     let text = std::str::from_utf8(&text[..read.unwrap_or(0)]).unwrap_or("");
-    text.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0)
+    let mut words = text.split_whitespace().skip(1).map(|word| word.parse().unwrap_or(0));
+    (words.next().unwrap_or(0), words.next().unwrap_or(0))
 }

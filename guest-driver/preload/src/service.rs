@@ -30,7 +30,7 @@ const DISCOURAGED: u32 = 64;
 const SMALL: usize = 128 << 10;
 /// Ring of a connection that has brought [`MUCH`].
 const LARGE: usize = 1 << 20;
-const MUCH: u64 = 64 << 10;
+const MUCH: u64 = 16 << 10;
 /// What both ends have to speak.
 const VERSION: u8 = 1;
 

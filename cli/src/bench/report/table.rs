@@ -16,7 +16,7 @@ pub struct Promise {
 }
 
 /// What the project promises of this benchmark.
-const PROMISES: [Promise; 11] = [
+const PROMISES: [Promise; 16] = [
     promise("14 bytes one way, both polling", "latency-14", DmbridgeMap, Cacheline, 3.0, 2.0),
     promise("14 bytes one way, receiver asleep", "latency-14-sleep", DmbridgeMap, Tcp, 0.7, 0.5),
     promise("stream of 64 KiB writes", "stream-64k", DmbridgeMap, Tcp, 2.0, 3.0),
@@ -28,6 +28,11 @@ const PROMISES: [Promise; 11] = [
     promise("16 MiB, buffer to buffer", "cma-large-16m", DmbridgeMessage, DmbridgeMap, 1.5, 2.0),
     promise("1 MiB, buffer to buffer", "cma-large-1m", DmbridgeMessage, Tcp, 2.0, 3.0),
     promise("16 MiB, buffer to buffer", "cma-large-16m", DmbridgeMessage, Tcp, 2.0, 3.0),
+    promise("unchanged iperf3", "iperf3", DmbridgeRun, Tcp, 1.9, 3.0),
+    promise("unchanged sockperf ping-pong", "sockperf-pp", DmbridgeRun, Tcp, 0.5, 0.2),
+    promise("unchanged sockperf throughput", "sockperf-tp", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("unchanged redis, GET", "redis-get", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("unchanged nginx + wrk", "nginx-wrk", DmbridgeRun, Tcp, 1.4, 2.0),
 ];
 
 /// Moves by the engine that the daemon chose, as a multiple of those by the best one, by case.

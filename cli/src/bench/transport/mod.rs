@@ -77,6 +77,7 @@ pub fn run(worker: &mut Worker) -> Result<Option<Outcome>> {
         Transport::DmbridgeSmc => over_copies(worker, dmbridge::smc),
         Transport::DmbridgeInplace => dmbridge::in_place(worker),
         Transport::DmbridgeMove | Transport::EngineCpu | Transport::EngineCpuNode => dmbridge::moved(worker),
+        Transport::DmbridgeRun => bail!("dmbridge-run runs programs"),
         Transport::DmbridgeMessage => dmbridge::messages(worker),
         Transport::DmbridgeDirect => dmbridge::direct(worker),
     }

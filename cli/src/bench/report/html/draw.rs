@@ -27,6 +27,7 @@ pub fn colour(transport: Transport) -> RGBColor {
         Transport::EngineCpu => RGBColor(0xa0, 0x72, 0xd0),
         Transport::EngineCpuNode => RGBColor(0x55, 0x2a, 0x88),
         Transport::DmbridgeMove => RGBColor(0x7b, 0x3f, 0xb5),
+        Transport::DmbridgeRun => RGBColor(0x1f, 0x6f, 0xc4),
         Transport::DmbridgeSmc => RGBColor(0x1b, 0x9c, 0xd8),
         Transport::Tcp => RGBColor(0xd9, 0x7c, 0x3a),
         Transport::Uds => RGBColor(0xc2, 0xa0, 0x3c),

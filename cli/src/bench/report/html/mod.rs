@@ -19,7 +19,7 @@ pub fn write(run: &Run, file: &Path) -> Result<()> {
 }
 
 /// What a case is called, and what is measured in it.
-const CASES: [(Case, &str, &str); 12] = [
+const CASES: [(Case, &str, &str); 17] = [
     (
         Case::Latency14,
         "Latency, both polling",
@@ -70,6 +70,19 @@ const CASES: [(Case, &str, &str); 12] = [
          both processes do a share. More is better.",
     ),
     (Case::CmaLarge16m, "Messages of 16 MiB", "As before. More is better."),
+    (
+        Case::Iperf3,
+        "iperf3",
+        "The program as it is, one stream, over TCP and by dmbridge-run. More is better.",
+    ),
+    (Case::SockperfPp, "sockperf ping-pong", "As it is, 14 bytes one way. Less is better."),
+    (Case::SockperfTp, "sockperf throughput", "As it is, messages of 1 KiB per second. More is better."),
+    (Case::RedisGet, "redis", "As it is, GET over 50 connections, requests per second. More is better."),
+    (
+        Case::NginxWrk,
+        "nginx and wrk",
+        "As they are, 600 bytes over 16 connections, requests per second. More is better.",
+    ),
 ];
 
 fn page(run: &Run) -> Result<String> {
