@@ -27,9 +27,10 @@ const PIECE: usize = 128 << 10;
 const CLOSED: u32 = 1 << 31;
 /// How long a call sleeps on a connection that an epoll instance watches too.
 const WATCHED: Duration = Duration::from_millis(10);
-/// So many bytes that woke may wait to be taken away, and are acknowledged together. TCP sends no more than ten segments
-/// before an acknowledgement, which for a few bytes takes its time: a byte that has to wait for it would wake too late.
-const MOST_UNEATEN: u64 = 4;
+/// So many bytes that woke may wait to be taken away, and are acknowledged together. TCP sends no more than ten segments,
+/// sometimes four, before an acknowledgement, which for a few bytes takes its time: a byte that has to wait for it would
+/// wake too late.
+const MOST_UNEATEN: u64 = 2;
 /// An empty ring says nothing of a peer that has died; the kernel is asked again after so long.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -274,6 +275,7 @@ impl Conn {
         self.cork.store(tcp::option(fd, libc::TCP_CORK).unwrap_or(0), Ordering::Relaxed);
         tcp::set_option(fd, libc::TCP_CORK, 0);
         tcp::set_option(fd, libc::TCP_NODELAY, 1);
+        tcp::set_plain_congestion_control(fd);
         self.set_nonblocking(tcp::is_nonblocking(fd));
         self.change(State::Asking, State::Linked);
         self.close_rx_gate();

@@ -263,8 +263,9 @@ impl Set {
                     r.idle += 1;
                     let stays = r.idle < IDLE;
                     // Who is forgotten wakes by itself.
-                    quiet &= r.arm(fd, conn, if stays { sleep } else { 0 });
-                    stays
+                    let calm = r.arm(fd, conn, if stays { sleep } else { 0 });
+                    quiet &= calm;
+                    stays || !calm
                 })
             });
             quiet

@@ -124,6 +124,17 @@ pub fn set_option(fd: c_int, name: c_int, value: c_int) {
     });
 }
 
+/// Has bytes sent at once, as far as there is a window: others (BBR) pace them, and close the window now and then to see
+/// what happens.
+pub fn set_plain_congestion_control(fd: c_int) {
+    errno::keep(|| {
+        let name = c"reno";
+        let len = name.count_bytes() as socklen_t;
+        // SAFETY: a name of that length. Where it may not be chosen, wake-ups are late at times.
+        unsafe { real::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, name.as_ptr().cast(), len) };
+    });
+}
+
 /// Has the kernel reset the connection when it is closed.
 pub fn reset_at_close(fd: c_int) {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
