@@ -689,15 +689,20 @@ impl Conn {
         let all = flags & MSG_WAITALL != 0 && flags & (MSG_PEEK | MSG_DONTWAIT) == 0;
         let mut done = 0;
         loop {
+            let before = self.rx.on_ring.load(Ordering::Acquire);
             let result = self.get(fd, to, flags);
+            // That was the last of TCP: what is in the ring already belongs to the same stream.
+            let more = !before && flags & MSG_PEEK == 0 && self.rx_on_ring() && self.has_data();
             match result {
                 Ok(Some(n)) => {
                     done += n;
-                    if n == 0 || to.left() == 0 || !all {
+                    if n == 0 || to.left() == 0 || !(all || more) {
                         return Ok(done);
                     }
                 }
-                Ok(None) if nonblocking => return if done != 0 { Ok(done) } else { Err(EAGAIN) },
+                Ok(None) if nonblocking || (done != 0 && !all) => {
+                    return if done != 0 { Ok(done) } else { Err(EAGAIN) };
+                }
                 Ok(None) => {
                     if let Err(errno) = self.wait_for_data(fd, &mut began) {
                         return if done != 0 { Ok(done) } else { Err(errno) };

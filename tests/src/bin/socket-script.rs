@@ -361,8 +361,13 @@ fn life(random: &mut Random, listener: &std::net::TcpListener, other: &mut Other
             pair.recv(1 - end, 100, "recv");
         }
     }
-    // SAFETY: lets other threads do what they have to do; nothing below depends on it.
-    unsafe { libc::usleep(20_000) };
+    // SAFETY: lets other threads do what they have to do. If they have not done it by then it happens later, which is as
+    // good, but for one thing: a read may then be cut short where the stream moves.
+    unsafe { libc::usleep(100_000) };
+    for end in [0, 1, 0, 1] {
+        pair.send(end, 100, "send");
+        pair.recv(1 - end, 100, "recv");
+    }
     for _ in 0..150 {
         let end = random.below(2);
         match random.below(14) {
