@@ -627,11 +627,15 @@ impl Conn {
             }
             // What wakes is a byte from the peer. A reader of ours may take it away, and before the reader has read TCP to its
             // end it is behind data.
+            if !self.rx.on_ring.load(Ordering::Acquire) {
+                let _lock = self.rx.lock.take();
+                let _ = self.find_switch(fd);
+            }
+            let on_ring = self.rx.on_ring.load(Ordering::Acquire);
+            let behind_nothing = on_ring || tcp::queued_in(fd) == Some(0);
             let ended = self.eof.load(Ordering::Relaxed);
-            let alone = !ended
-                && self.rx.sleepers.load(Ordering::SeqCst) == 0
-                && self.rx.on_ring.load(Ordering::Acquire);
-            if alone && !self.has_data() {
+            let alone = !ended && self.rx.sleepers.load(Ordering::SeqCst) == 0 && behind_nothing;
+            if alone && on_ring && !self.has_data() {
                 self.eat(fd);
                 if self.has_room() || self.is_broken() {
                     break;
