@@ -56,7 +56,11 @@ impl Talker {
     fn start(daemon: &TestDaemon, job: &str, uid: Option<u32>) -> Talker {
         // The program lies where not everybody may look.
         let program = daemon.path("talker");
-        fs::copy(std::env::current_exe().expect("this program"), &program).expect("a copy of this program");
+        // Copied by another process: while this one had it open to write, a program that another test starts would have it
+        // open as well, and nobody could run it.
+        let copied =
+            Command::new("cp").args([&std::env::current_exe().expect("this program"), &program]).status();
+        assert!(copied.expect("cp").success(), "a copy of this program");
         for (path, mode) in [(daemon.path(""), 0o755), (program.clone(), 0o755)] {
             fs::set_permissions(path, Permissions::from_mode(mode)).expect("permissions");
         }
