@@ -392,26 +392,3 @@ fn redis_runs_unchanged() {
     all_smcd(&setup, &before, 22, 2_000_000);
     drop(running);
 }
-
-#[test]
-#[ignore = "a measurement: it prints, and checks nothing"]
-fn af_smc_beside_tcp() {
-    let setup = setup();
-    for round in 0..3 {
-        for family in ["tcp", "smc"] {
-            let port = 7100 + round * 10 + if family == "tcp" { 0 } else { 5 };
-            let bytes = if family == "tcp" { 64u64 << 20 } else { 256 << 20 };
-            let (server, _) = both(&setup, family, port, &format!("stream {bytes} 65536"));
-            let (_, client) = both(&setup, family, port + 1, "echo 2000 14");
-            println!(
-                "{family}: {:.0} MB/s, {} us",
-                bytes as f64 / 1e6 / server["seconds"].as_f64().expect("a number"),
-                client["round_trip_ns"].as_u64().expect("a number") / 1000
-            );
-        }
-    }
-    for vm in [&setup.a, &setup.b] {
-        println!("{}", shown(vm)["devices"][0]["counters"]);
-        assert_kernel_is_content(vm);
-    }
-}

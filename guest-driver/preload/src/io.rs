@@ -40,21 +40,16 @@ fn counted(fd: c_int, conn: &Conn, result: Outcome) -> Outcome {
     result
 }
 
-/// Receives by the connection's way. `None`: nothing of ours.
+/// Does `call` where the connection is the kernel's, and what `carried` makes of it where it may be ours.
 #[inline]
-fn receive<'a>(
-    fd: c_int,
-    flags: c_int,
-    buffers: impl FnOnce() -> Result<&'a [iovec], c_int>,
-    call: impl FnOnce() -> Outcome,
-) -> Outcome {
+fn carry<C: FnOnce() -> Outcome>(fd: c_int, call: C, carried: impl FnOnce(&Conn, C) -> Outcome) -> Outcome {
     let Some(entry) = table::get(fd) else { return call() };
     match entry.kind() {
         Kind::Open => {
             entry.inside.fetch_add(1, Ordering::SeqCst);
             if entry.kind() != Kind::Open {
                 entry.inside.fetch_sub(1, Ordering::SeqCst);
-                return receive(fd, flags, buffers, call);
+                return carry(fd, call, carried);
             }
             let result = call();
             entry.inside.fetch_sub(1, Ordering::SeqCst);
@@ -62,13 +57,24 @@ fn receive<'a>(
         }
         Kind::Conn => match entry.conn() {
             Some(conn) if !conn.is_over() => {
-                let result = conn.recv(fd, buffers, flags, call);
+                let result = carried(conn, call);
                 counted(fd, conn, result)
             }
             _ => call(),
         },
         _ => call(),
     }
+}
+
+/// Receives by the connection's way.
+#[inline]
+fn receive<'a>(
+    fd: c_int,
+    flags: c_int,
+    buffers: impl FnOnce() -> Result<&'a [iovec], c_int>,
+    call: impl FnOnce() -> Outcome,
+) -> Outcome {
+    carry(fd, call, |conn, call| conn.recv(fd, buffers, flags, call))
 }
 
 /// Sends by the connection's way.
@@ -79,27 +85,7 @@ fn transmit<'a>(
     buffers: impl FnOnce() -> Result<&'a [iovec], c_int>,
     call: impl FnOnce() -> Outcome,
 ) -> Outcome {
-    let Some(entry) = table::get(fd) else { return call() };
-    match entry.kind() {
-        Kind::Open => {
-            entry.inside.fetch_add(1, Ordering::SeqCst);
-            if entry.kind() != Kind::Open {
-                entry.inside.fetch_sub(1, Ordering::SeqCst);
-                return transmit(fd, flags, buffers, call);
-            }
-            let result = call();
-            entry.inside.fetch_sub(1, Ordering::SeqCst);
-            proving(fd, entry, || result)
-        }
-        Kind::Conn => match entry.conn() {
-            Some(conn) if !conn.is_over() => {
-                let result = conn.send(fd, buffers, flags, call);
-                counted(fd, conn, result)
-            }
-            _ => call(),
-        },
-        _ => call(),
-    }
+    carry(fd, call, |conn, call| conn.send(fd, buffers, flags, call))
 }
 
 /// The list of a message.

@@ -6,8 +6,6 @@
 //! | what | |
 //! | --- | --- |
 //! | `exchange CONNECTIONS BYTES` | each side sends so many bytes on each connection while it receives as many, and checks every one |
-//! | `echo ROUNDS SIZE` | one connection; messages go to the server and back; `round_trip_ns` is the median |
-//! | `stream BYTES SIZE` | one connection; the server receives so many bytes in writes of a size; `seconds` at the receiver |
 //! | `hang` | one connection, which sends all the time and reads until it ends |
 
 use anyhow::{Context, Result, bail};
@@ -105,33 +103,6 @@ fn serve(listener: &TcpListener, what: &[&str]) -> Result<Value> {
     let accept = || Ok(listener.accept().context("accept")?.0);
     match what {
         ["exchange", words @ ..] => exchange(&accept, number(words, 0)?, number(words, 1)?, 1),
-        ["echo", words @ ..] => {
-            let mut stream = accept()?;
-            let mut message = vec![0; number(words, 1)? as usize];
-            for _ in 0..number(words, 0)? {
-                stream.read_exact(&mut message)?;
-                stream.write_all(&message)?;
-            }
-            // The client closes first, having read all.
-            let _ = stream.read(&mut message)?;
-            Ok(json!({}))
-        }
-        ["stream", words @ ..] => {
-            let mut stream = accept()?;
-            let (bytes, mut left) = (number(words, 0)?, number(words, 0)?);
-            let mut buffer = vec![0; number(words, 1)? as usize];
-            let start = Instant::now();
-            while left > 0 {
-                let count = stream.read(&mut buffer)? as u64;
-                if count == 0 {
-                    bail!("the stream ended {left} bytes early");
-                }
-                left = left.checked_sub(count).context("there was more than was sent")?;
-            }
-            let seconds = start.elapsed().as_secs_f64();
-            stream.write_all(b".")?;
-            Ok(json!({ "bytes": bytes, "seconds": seconds }))
-        }
         ["hang"] => hang(accept()?),
         _ => bail!("there is no such thing to do"),
     }
@@ -140,31 +111,6 @@ fn serve(listener: &TcpListener, what: &[&str]) -> Result<Value> {
 fn use_it(connect: &(dyn Fn() -> Result<TcpStream> + Sync), what: &[&str]) -> Result<Value> {
     match what {
         ["exchange", words @ ..] => exchange(connect, number(words, 0)?, number(words, 1)?, 2),
-        ["echo", words @ ..] => {
-            let mut stream = connect()?;
-            let mut message = vec![7; number(words, 1)? as usize];
-            let mut times = Vec::new();
-            for _ in 0..number(words, 0)? {
-                let start = Instant::now();
-                stream.write_all(&message)?;
-                stream.read_exact(&mut message)?;
-                times.push(start.elapsed().as_nanos() as u64);
-            }
-            times.sort_unstable();
-            let at = |part: usize| times.get(times.len() * part / 100).copied();
-            Ok(json!({ "round_trip_ns": at(50), "p99_ns": at(99) }))
-        }
-        ["stream", words @ ..] => {
-            let mut stream = connect()?;
-            let (mut left, buffer) = (number(words, 0)?, vec![7; number(words, 1)? as usize]);
-            while left > 0 {
-                let len = left.min(buffer.len() as u64);
-                stream.write_all(&buffer[..len as usize])?;
-                left -= len;
-            }
-            stream.read_exact(&mut [0])?;
-            Ok(json!({}))
-        }
         ["hang"] => hang(connect()?),
         _ => bail!("there is no such thing to do"),
     }
