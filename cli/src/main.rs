@@ -56,6 +56,9 @@ enum Command {
     /// One of the processes of a pattern
     #[command(hide = true, name = bench::MEMBER)]
     BenchMember(bench::MemberArgs),
+    /// A client of redis with many silent connections
+    #[command(hide = true, name = bench::CLIENT)]
+    BenchIdle(bench::ClientArgs),
     /// Runs in a guest what the host asks for
     #[command(hide = true, name = bench::AGENT)]
     GuestAgent,
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Command::GuestSetup(args) => dmbridge_guest_setup::run(&args).map_err(Into::into),
         Command::BenchWorker(args) => bench::work(args),
         Command::BenchMember(args) => bench::work_as_member(args),
+        Command::BenchIdle(args) => bench::work_as_idle_client(args),
         Command::GuestAgent => Err(dmbridge_vm::guest_agent::serve().into()),
         Command::DemoWorker(args) => demo::work(args),
     };

@@ -47,6 +47,7 @@ use plan::{Case, Job, Line, Place, RingShape, Site, Transport, Work};
 use report::{Measured, Run, html, json, table};
 use vms::{Parts, Vms};
 
+pub use apps::idle::{CLIENT, ClientArgs, work as work_as_idle_client};
 pub use case::patterns::{MEMBER, MemberArgs, work as work_as_member};
 pub use measurement::work;
 pub use vms::AGENT;
@@ -60,7 +61,7 @@ pub struct Args {
     /// Measure between two virtual machines, which are booted for it: map and move against TCP over virtio-net and AF_VSOCK
     #[arg(long)]
     vms: bool,
-    /// Measure programs as they are, over TCP and by dmbridge-run: iperf3, sockperf, redis, nginx + wrk
+    /// Measure programs as they are, over TCP and by dmbridge-run: iperf3, sockperf, redis, nginx + wrk and more
     #[arg(long, conflicts_with_all = ["vms", "transports"])]
     apps: bool,
     /// Write the results as JSON ("-": to standard output, in place of the table)
@@ -154,7 +155,7 @@ fn run_apps(args: &Args) -> Result<()> {
         return Err(usage(format!("{} is not about programs; measure it without --apps", case.name())));
     }
     let mut run = Run { machine: Machine::look()?, results: Vec::new() };
-    let cases = if args.cases.is_empty() { apps::CASES.to_vec() } else { args.cases.clone() };
+    let cases = apps::choose(&args.cases)?;
     let scratch = Scratch::new(transport::remove_leftovers)?;
     let daemon = Daemon::start(&scratch)?;
     let seconds = if args.quick { 1 } else { 3 };

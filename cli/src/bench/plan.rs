@@ -65,6 +65,15 @@ pub enum Case {
     /// Unchanged iperf3, one stream (with --apps, as all that follow)
     #[value(name = "iperf3")]
     Iperf3,
+    /// The same, four streams
+    #[value(name = "iperf3-4")]
+    Iperf3Four,
+    /// The same, one stream, the server sends
+    #[value(name = "iperf3-reverse")]
+    Iperf3Reverse,
+    /// The same, one stream in each direction
+    #[value(name = "iperf3-bidir")]
+    Iperf3Bidir,
     /// Unchanged sockperf ping-pong, 14 bytes
     #[value(name = "sockperf-pp")]
     SockperfPp,
@@ -77,6 +86,30 @@ pub enum Case {
     /// Unchanged nginx and wrk, a file of 600 bytes over 16 connections
     #[value(name = "nginx-wrk")]
     NginxWrk,
+    /// The same, a file of 1 MiB over 4 connections
+    #[value(name = "nginx-large")]
+    NginxLarge,
+    /// The same, a file of 600 bytes over 16 connections with TLS
+    #[value(name = "nginx-tls")]
+    NginxTls,
+    /// The same with no TLS and a new connection for each request
+    #[value(name = "nginx-short")]
+    NginxShort,
+    /// Unchanged PostgreSQL and pgbench, SELECT over 4 connections
+    #[value(name = "pgbench-select")]
+    PgbenchSelect,
+    /// Unchanged memcached and memcslap, GET over 4 connections
+    #[value(name = "memcached-get")]
+    Memcached,
+    /// Unchanged http.server of Python and wrk, a new connection for each request
+    #[value(name = "python-http")]
+    PythonHttp,
+    /// Unchanged HTTP server of Node and wrk, 600 bytes over 16 connections
+    #[value(name = "node-http")]
+    NodeHttp,
+    /// Unchanged redis-server, a thousand connections silent after use: requests on one more, and what the silence costs
+    #[value(name = "idle-1000")]
+    Idle1000,
     /// Latency and throughput for sizes from 1 B to 16 MiB (always measured for --html)
     #[value(name = "sweep")]
     Sweep,
@@ -317,10 +350,8 @@ impl Case {
             Case::CmaLarge16m => (Work::Exchange { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
             Case::CmaStream1m => (Work::Large { bytes: 1 << 20 }, Unit::GigabytesPerSecond),
             Case::CmaStream16m => (Work::Large { bytes: 16 << 20 }, Unit::GigabytesPerSecond),
-            Case::Scale | Case::Sweep | Case::Patterns => return None,
-            Case::Iperf3 | Case::SockperfPp | Case::SockperfTp | Case::RedisGet | Case::NginxWrk => {
-                return None;
-            }
+            // Several measurements, or other people's programs.
+            _ => return None,
         })
     }
 }

@@ -16,7 +16,7 @@ pub struct Promise {
 }
 
 /// What the project promises of this benchmark.
-const PROMISES: [Promise; 16] = [
+const PROMISES: [Promise; 28] = [
     promise("14 bytes one way, both polling", "latency-14", DmbridgeMap, Cacheline, 3.0, 2.0),
     promise("14 bytes one way, receiver asleep", "latency-14-sleep", DmbridgeMap, Tcp, 0.7, 0.5),
     promise("stream of 64 KiB writes", "stream-64k", DmbridgeMap, Tcp, 2.0, 3.0),
@@ -33,6 +33,18 @@ const PROMISES: [Promise; 16] = [
     promise("unchanged sockperf throughput", "sockperf-tp", DmbridgeRun, Tcp, 0.95, 2.0),
     promise("unchanged redis, GET", "redis-get", DmbridgeRun, Tcp, 0.95, 2.0),
     promise("unchanged nginx + wrk", "nginx-wrk", DmbridgeRun, Tcp, 1.4, 2.0),
+    promise("unchanged iperf3, four streams", "iperf3-4", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("unchanged iperf3, reverse", "iperf3-reverse", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("unchanged iperf3, both directions", "iperf3-bidir", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("unchanged nginx, files of 1 MiB", "nginx-large", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("unchanged nginx, TLS", "nginx-tls", DmbridgeRun, Tcp, 0.95, 1.2),
+    promise("unchanged nginx, short connections", "nginx-short", DmbridgeRun, Tcp, 0.95, 1.0),
+    promise("unchanged PostgreSQL, SELECT", "pgbench-select", DmbridgeRun, Tcp, 0.95, 1.2),
+    promise("unchanged memcached, GET", "memcached-get", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("unchanged Python, short connections", "python-http", DmbridgeRun, Tcp, 0.95, 1.0),
+    promise("unchanged Node", "node-http", DmbridgeRun, Tcp, 0.95, 1.2),
+    promise("one redis connection beside 1,000 idle", "idle-1000", DmbridgeRun, Tcp, 0.95, 2.0),
+    promise("1,000 idle connections, CPU time", "idle-1000-cpu", DmbridgeRun, Tcp, 1.1, 1.0),
 ];
 
 /// Moves by the engine that the daemon chose, as a multiple of those by the best one, by case.
