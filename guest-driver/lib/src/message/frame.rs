@@ -6,7 +6,7 @@ use crate::error::Error;
 /// Size of a frame, in bytes.
 pub(super) const SIZE: usize = 32;
 /// Version of all of it.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// A frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -35,14 +35,17 @@ use crate::error::{Error, OutOfBounds};
 use crate::fork::Process;
 use crate::stream::{self, DmbStream};
 use frame::Frame;
-use joint::{CHUNK, End, Joint, Taken};
+use joint::{End, Joint, Taken};
 use libc::iovec;
 use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use cma::Refused;
 
+/// Below this size, in bytes, a message and its frame are written at once if there is room.
+const SMALL: usize = 128 << 10;
 /// The smallest DMB that a channel can be made of, in bytes.
 const LEAST: usize = 2 * joint::SIZE;
 
@@ -278,7 +281,7 @@ impl Sender {
         let header = Frame::Inline { len: message.len() as u64 }.to_bytes();
         let all = header.len() + message.len();
         let room = self.stream.reserve(all)?;
-        if room.len() == all && message.len() < CHUNK {
+        if room.len() == all && message.len() < SMALL {
             let (to_header, to_message) = room.split_at(header.len());
             to_header.copy_from_slice(&header);
             to_message.copy_from_slice(message);
@@ -334,17 +337,17 @@ impl Sender {
             return Ok(());
         }
         let mut helped = 0;
-        let size = joint::chunk_size(len);
-        while let Some(chunk) = joint.claim(number, joint::chunks(len), End::End) {
-            let at = chunk as usize * size;
+        while let Some(chunks) = joint.claim(number, len, End::End) {
+            let bytes = joint::bytes(&chunks, len);
             // SAFETY: the pieces are a message that is borrowed until it is taken; they are only read.
-            let copied = unsafe { peer.copy(Direction::Write, message, destination, at, size.min(len - at)) };
+            let copied =
+                unsafe { peer.copy(Direction::Write, message, destination, bytes.start, bytes.len()) };
             if let Err(error) = copied {
                 tracing::debug!("the receiver has to copy by itself: {error}");
-                joint.set_failed(number, chunk);
+                joint.set_failed(number, chunks);
                 break;
             }
-            helped += 1;
+            helped += chunks.len() as u32;
             joint.set_helped(number, helped);
         }
         self.stream.remote().notify()
@@ -498,29 +501,26 @@ impl Receiver {
         joint.open(number, if self.process.is_current() { &destination } else { &[] });
         // It may sleep until there is something to do for it. That it cannot be woken is seen below.
         let _ = self.stream.remote().notify();
-        let size = joint::chunk_size(len);
-        let copy = |chunk: u32| {
-            let at = chunk as usize * size;
+        let copy = |chunks: &Range<u32>| {
+            let bytes = joint::bytes(chunks, len);
             // SAFETY: the destination is borrowed for the whole of this function, which does not end before the sender
             // has done with what it claimed; nobody else accesses it.
-            unsafe { peer.copy(Direction::Read, &destination, pieces, at, size.min(len - at)) }
+            unsafe { peer.copy(Direction::Read, &destination, pieces, bytes.start, bytes.len()) }
         };
         let mut own = 0;
         let mut result = Ok(());
         while result.is_ok()
-            && let Some(chunk) = joint.claim(number, chunks, End::Start)
+            && let Some(chunks) = joint.claim(number, len, End::Start)
         {
-            own += 1;
-            result = copy(chunk);
+            own += chunks.len() as u32;
+            result = copy(&chunks);
         }
         let theirs = joint.close(number, chunks).saturating_sub(own);
         // Whatever happens, the sender writes into the destination until it says that it does not.
         let waited = wait_for_helper(&self.stream, &peer, number, theirs);
-        if let Some(chunk) = joint.failed(number)
-            && result.is_ok()
-            && chunk < chunks
-        {
-            result = copy(chunk);
+        let failed = joint.failed(number);
+        if result.is_ok() && !failed.is_empty() && failed.end <= chunks {
+            result = copy(&failed);
         }
         waited?;
         if result.is_ok() && !peer.is_alive() {
@@ -544,7 +544,7 @@ impl Receiver {
 /// Waits until the sender has done with what it has claimed, or is not there any more.
 fn wait_for_helper(stream: &stream::Receiver, peer: &Peer, number: u32, theirs: u32) -> Result<(), Error> {
     let joint = Joint::of(stream.local().memory());
-    let done = || joint.helped(number) + u32::from(joint.failed(number).is_some()) >= theirs;
+    let done = || joint.helped(number).saturating_add(joint.failed(number).len() as u32) >= theirs;
     let end = stream.local().wait_until(None, done);
     // Its device may be gone while it still copies.
     while !done() && peer.is_alive() {

@@ -25,7 +25,7 @@ fn every_message_arrives_as_a_whole_and_in_order_directly_or_not() {
     for wish in [Direct::Never, Direct::From(1), Direct::From(100_000), Direct::Measured] {
         let (mut a, mut b) = channels(64 << 10, PROCESSES, [wish; 2]);
         assert_eq!(a.direct().is_ok(), wish != Direct::Never);
-        let lens = [0, 1, 14, 4096, 70_000, CHUNK, CHUNK + 1, 1_000_003];
+        let lens = [0, 1, 14, 4096, 70_000, SMALL, SMALL + 1, 1_000_003];
         thread::scope(|scope| {
             scope.spawn(|| {
                 for (seed, len) in lens.into_iter().enumerate() {
