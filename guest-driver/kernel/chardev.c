@@ -5,6 +5,9 @@
  * A slot is a DMB that a file owns or has attached, and its place in the files'
  * address range: a page for the control line, then the DMB. No two files share a
  * slot, and places of different slots never overlap, whoever's they are.
+ *
+ * A meeting is what a file waits for with a key (RENDEZVOUS). The device knows it by
+ * its number here, so that each file's tags are its own.
  */
 #include <linux/idr.h>
 #include <linux/miscdevice.h>
@@ -62,11 +65,24 @@ struct waiting_event {
 	struct dmbridge_event event;
 };
 
+/* Until its event comes, or the file takes it back. */
+struct meeting {
+	struct dmbridge_file *file;
+	struct list_head list;
+	int id;
+	u32 tag;
+	u8 key[32];
+	/* Room for its event, which so cannot be lost. */
+	struct waiting_event *event;
+};
+
 struct dmbridge_file {
 	struct dmbridge_chardev *chardev;
 	struct list_head list;
 	struct address_space *mapping;
 	struct list_head slots;
+	struct list_head meetings;
+	unsigned int num_meetings;
 	/* Events: taken with interrupts off. */
 	spinlock_t lock;
 	struct list_head signalled;
@@ -87,9 +103,10 @@ struct dmbridge_chardev {
 	struct dmbridge *dev;
 	/* There is nothing to wait for any more. */
 	bool dead;
-	/* Slots, claims, files and what hangs on them. */
+	/* Slots, meetings, claims, files and what hangs on them. */
 	struct mutex mutex;
 	struct idr slots;
+	struct idr meetings;
 	struct list_head files;
 	DECLARE_HASHTABLE(claims, 8);
 	u64 stride;
@@ -103,6 +120,7 @@ static void release_chardev(struct kref *kref)
 	struct dmbridge_chardev *chardev = container_of(kref, struct dmbridge_chardev, kref);
 
 	idr_destroy(&chardev->slots);
+	idr_destroy(&chardev->meetings);
 	kfree(chardev);
 }
 
@@ -154,6 +172,40 @@ static struct slot *find_slot(struct dmbridge_chardev *chardev, u64 token, bool 
 	return NULL;
 }
 
+/* Takes a meeting out of the books; its event stays. Under the mutex. */
+static struct waiting_event *take_meeting(struct meeting *meeting)
+{
+	struct waiting_event *event = meeting->event;
+
+	idr_remove(&meeting->file->chardev->meetings, meeting->id);
+	list_del(&meeting->list);
+	meeting->file->num_meetings--;
+	kfree(meeting);
+	return event;
+}
+
+/* Somebody came with a key of a file. Under the mutex. */
+static void met(struct dmbridge_chardev *chardev, const struct dmbridge_event *event)
+{
+	struct meeting *meeting = idr_find(&chardev->meetings, le32_to_cpu(event->index));
+	struct dmbridge_file *file;
+	struct waiting_event *waiting;
+	u32 tag;
+
+	if (!meeting)
+		return;
+	file = meeting->file;
+	tag = meeting->tag;
+	waiting = take_meeting(meeting);
+	waiting->event = *event;
+	waiting->event.index = cpu_to_le32(tag);
+	spin_lock_irq(&file->lock);
+	file->num_events++;
+	list_add_tail(&waiting->list, &file->events);
+	spin_unlock_irq(&file->lock);
+	wake_up_interruptible(&file->wait);
+}
+
 /* An event of the device that is not SMC's alone. By the device's work. */
 void dmbridge_chardev_event(struct dmbridge *dev, const struct dmbridge_event *event)
 {
@@ -172,6 +224,9 @@ void dmbridge_chardev_event(struct dmbridge *dev, const struct dmbridge_event *e
 				 event->type == cpu_to_le16(DMBRIDGE_EVENT_DETACHED));
 		if (slot)
 			tell(slot->file, event);
+		break;
+	case DMBRIDGE_EVENT_RENDEZVOUS:
+		met(chardev, event);
 		break;
 	case DMBRIDGE_EVENT_SOFTWARE:
 		if (le32_to_cpu(event->index) < DMBRIDGE_FIRST_CODE)
@@ -487,11 +542,102 @@ static int do_end(struct dmbridge_file *file, struct dmbridge *dev, u64 token, b
 	return slot ? 0 : -ENOENT;
 }
 
+/* Under the mutex. */
+static struct meeting *find_meeting(struct dmbridge_file *file, const u8 *name, u32 tag)
+{
+	struct meeting *meeting;
+
+	list_for_each_entry(meeting, &file->meetings, list)
+		if (meeting->tag == tag && !memcmp(meeting->key, name, sizeof(meeting->key)))
+			return meeting;
+	return NULL;
+}
+
+static int do_rendezvous(struct dmbridge_file *file, struct dmbridge *dev,
+			 const struct dmbridge_rendezvous *request,
+			 struct dmbridge_rendezvous_reply *reply)
+{
+	struct dmbridge_chardev *chardev = file->chardev;
+	struct dmbridge_rendezvous ours = *request;
+	u32 tag = le32_to_cpu(request->tag);
+	struct meeting *meeting;
+	int rc, id;
+
+	meeting = kzalloc(sizeof(*meeting), GFP_KERNEL_ACCOUNT);
+	if (!meeting)
+		return -ENOMEM;
+	meeting->event = kzalloc(sizeof(*meeting->event), GFP_KERNEL_ACCOUNT);
+	if (!meeting->event) {
+		kfree(meeting);
+		return -ENOMEM;
+	}
+	meeting->file = file;
+	meeting->tag = tag;
+	memcpy(meeting->key, request->key, sizeof(meeting->key));
+	mutex_lock(&chardev->mutex);
+	if (find_meeting(file, request->key, tag))
+		rc = -EALREADY;
+	else if (file->num_meetings >= DMBRIDGE_MAX_KEYS)
+		rc = -EDQUOT;
+	else
+		/* Cyclic: an event that is late finds nothing, and not another meeting. */
+		rc = idr_alloc_cyclic(&chardev->meetings, meeting, 1, 0, GFP_KERNEL);
+	if (rc > 0) {
+		meeting->id = rc;
+		list_add_tail(&meeting->list, &file->meetings);
+		file->num_meetings++;
+	}
+	mutex_unlock(&chardev->mutex);
+	if (rc < 0) {
+		kfree(meeting->event);
+		kfree(meeting);
+		return rc;
+	}
+	id = rc;
+	ours.tag = cpu_to_le32(id);
+	ours.reserved = 0;
+	rc = dmbridge_command(dev, DMBRIDGE_RENDEZVOUS, &ours, sizeof(ours), reply, sizeof(*reply));
+	if (!rc && !dmbridge_gid_id(&reply->gid))
+		return 0;
+	/* Nobody will come for it. Whether it is still there is the device's word. */
+	mutex_lock(&chardev->mutex);
+	meeting = idr_find(&chardev->meetings, id);
+	if (meeting)
+		kfree(take_meeting(meeting));
+	mutex_unlock(&chardev->mutex);
+	return rc;
+}
+
+static int cancel(struct dmbridge *dev, const struct meeting *meeting)
+{
+	struct dmbridge_cancel_rendezvous request = { .tag = cpu_to_le32(meeting->id) };
+
+	memcpy(request.key, meeting->key, sizeof(request.key));
+	return dmbridge_command(dev, DMBRIDGE_CANCEL_RENDEZVOUS, &request, sizeof(request), NULL, 0);
+}
+
+static int do_cancel(struct dmbridge_file *file, struct dmbridge *dev,
+		     const struct dmbridge_cancel_rendezvous *request)
+{
+	struct meeting *meeting;
+	int rc = -ENOENT;
+
+	mutex_lock(&file->chardev->mutex);
+	meeting = find_meeting(file, request->key, le32_to_cpu(request->tag));
+	if (meeting)
+		rc = cancel(dev, meeting);
+	/* Else its event is on its way, and is this file's. */
+	if (!rc)
+		kfree(take_meeting(meeting));
+	mutex_unlock(&file->chardev->mutex);
+	return rc;
+}
+
 static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void __user *arg)
 {
 	union {
 		struct dmbridge_command header;
-		u8 bytes[sizeof(struct dmbridge_command) + sizeof(struct dmbridge_register)];
+		u8 bytes[sizeof(struct dmbridge_command) + sizeof(struct dmbridge_rendezvous)];
 	} command = {};
 	union {
 		struct dmbridge_answer header;
@@ -517,6 +663,13 @@ static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void
 	case DMBRIDGE_QUERY_GID:
 		needs = sizeof(struct dmbridge_gid);
 		gives = sizeof(struct dmbridge_query_reply);
+		break;
+	case DMBRIDGE_RENDEZVOUS:
+		needs = sizeof(struct dmbridge_rendezvous);
+		gives = sizeof(struct dmbridge_rendezvous_reply);
+		break;
+	case DMBRIDGE_CANCEL_RENDEZVOUS:
+		needs = sizeof(struct dmbridge_cancel_rendezvous);
 		break;
 	case DMBRIDGE_REGISTER:
 		needs = sizeof(struct dmbridge_register);
@@ -545,6 +698,12 @@ static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void
 	reply = answer.header.reply;
 	token = le64_to_cpu(*(__le64 *)body);
 	switch (what) {
+	case DMBRIDGE_RENDEZVOUS:
+		rc = do_rendezvous(file, dev, body, reply);
+		break;
+	case DMBRIDGE_CANCEL_RENDEZVOUS:
+		rc = do_cancel(file, dev, body);
+		break;
 	case DMBRIDGE_REGISTER:
 		rc = do_register(file, dev, body, reply);
 		break;
@@ -704,6 +863,8 @@ static long ioctl_info(struct dmbridge_file *file, struct dmbridge *dev, void __
 	struct dmbridge_config *config = (void *)info.config;
 
 	BUILD_BUG_ON(sizeof(*config) > sizeof(info.config));
+	if (virtio_has_feature(dev->vdev, DMBRIDGE_F_RENDEZVOUS))
+		info.features |= BIT_ULL(DMBRIDGE_F_RENDEZVOUS);
 	virtio_cread_bytes(dev->vdev, 0, config, sizeof(*config));
 	config->window_size = cpu_to_le64(file->chardev->stride * file->chardev->max_slots);
 	config->max_dmb_size = cpu_to_le64(dev->limits.max_dmb_size);
@@ -748,6 +909,7 @@ static int dmbridge_open(struct inode *inode, struct file *filp)
 	file->chardev = chardev;
 	file->mapping = filp->f_mapping;
 	INIT_LIST_HEAD(&file->slots);
+	INIT_LIST_HEAD(&file->meetings);
 	INIT_LIST_HEAD(&file->signalled);
 	INIT_LIST_HEAD(&file->events);
 	spin_lock_init(&file->lock);
@@ -764,10 +926,15 @@ static int dmbridge_open(struct inode *inode, struct file *filp)
 /* Ends all that a file has. */
 static void end_file(struct dmbridge_file *file, struct dmbridge *dev)
 {
-	struct slot *slot, *next;
+	struct meeting *meeting, *next_meeting;
+	struct slot *slot, *next_slot;
 
 	mutex_lock(&file->chardev->mutex);
-	list_for_each_entry_safe(slot, next, &file->slots, list)
+	list_for_each_entry_safe(meeting, next_meeting, &file->meetings, list) {
+		cancel(dev, meeting);
+		kfree(take_meeting(meeting));
+	}
+	list_for_each_entry_safe(slot, next_slot, &file->slots, list)
 		end_slot(dev, slot);
 	mutex_unlock(&file->chardev->mutex);
 	disclaim(file, NULL);
@@ -818,6 +985,7 @@ int dmbridge_chardev_add(struct dmbridge *dev)
 	init_rwsem(&chardev->alive);
 	mutex_init(&chardev->mutex);
 	idr_init(&chardev->slots);
+	idr_init(&chardev->meetings);
 	INIT_LIST_HEAD(&chardev->files);
 	hash_init(chardev->claims);
 	chardev->dev = dev;

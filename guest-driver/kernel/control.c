@@ -13,8 +13,11 @@ int dmbridge_control_init(struct dmbridge *dev, struct virtqueue *vq)
 	struct dmbridge_control *control = &dev->control;
 
 	control->vq = vq;
-	control->request_room = sizeof(struct dmbridge_command) + sizeof(struct dmbridge_register) +
-				sizeof(struct dmbridge_segment);
+	/* The longest commands: REGISTER with one segment, and RENDEZVOUS. */
+	control->request_room = sizeof(struct dmbridge_command) +
+				max(sizeof(struct dmbridge_register) +
+					    sizeof(struct dmbridge_segment),
+				    sizeof(struct dmbridge_rendezvous));
 	control->request = kzalloc(control->request_room, GFP_KERNEL);
 	control->answer = kzalloc(ANSWER_ROOM, GFP_KERNEL);
 	return control->request && control->answer ? 0 : -ENOMEM;

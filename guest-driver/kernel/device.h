@@ -17,6 +17,7 @@
 /* (3) Feature bits */
 #define DMBRIDGE_F_MAP			0
 #define DMBRIDGE_F_RAM_DMB		1
+#define DMBRIDGE_F_RENDEZVOUS		3
 #define DMBRIDGE_F_PRIVATE_LINE		4
 
 /* The number of a size's byte in copy_plan: 256 << i and above */
@@ -74,6 +75,8 @@ struct dmbridge_answer {
 
 /* class in the high byte, command in the low one */
 #define DMBRIDGE_QUERY_GID		0x0000
+#define DMBRIDGE_RENDEZVOUS		0x0001
+#define DMBRIDGE_CANCEL_RENDEZVOUS	0x0002
 #define DMBRIDGE_LIFELINE		0x0003
 #define DMBRIDGE_REGISTER		0x0100
 #define DMBRIDGE_UNREGISTER		0x0101
@@ -83,6 +86,25 @@ struct dmbridge_answer {
 
 struct dmbridge_query_reply {
 	__le32 flags;
+	__le32 reserved;
+} __packed;
+
+struct dmbridge_rendezvous {
+	u8 key[32];
+	__le32 tag;
+	__le32 reserved;
+	u8 payload[32];
+} __packed;
+
+/* A zero GID: nobody is there yet, and an event will tell. */
+struct dmbridge_rendezvous_reply {
+	struct dmbridge_gid gid;
+	u8 payload[32];
+} __packed;
+
+struct dmbridge_cancel_rendezvous {
+	u8 key[32];
+	__le32 tag;
 	__le32 reserved;
 } __packed;
 
@@ -142,6 +164,7 @@ struct dmbridge_signal_event {
 #define DMBRIDGE_EVENT_SOFTWARE		5
 #define DMBRIDGE_EVENT_EXTENT_ADDED	6
 #define DMBRIDGE_EVENT_EXTENT_REMOVED	7
+#define DMBRIDGE_EVENT_RENDEZVOUS	8
 #define DMBRIDGE_EVENT_PAUSED		9
 #define DMBRIDGE_EVENT_RESUMED		10
 

@@ -342,7 +342,7 @@ static const struct virtio_device_id ids[] = {
 MODULE_DEVICE_TABLE(virtio, ids);
 
 static unsigned int features[] = {
-	DMBRIDGE_F_MAP, DMBRIDGE_F_RAM_DMB, DMBRIDGE_F_PRIVATE_LINE,
+	DMBRIDGE_F_MAP, DMBRIDGE_F_RAM_DMB, DMBRIDGE_F_RENDEZVOUS, DMBRIDGE_F_PRIVATE_LINE,
 };
 
 static struct virtio_driver driver = {

@@ -17,6 +17,10 @@
  *    token: others get EBUSY.
  *  - SIGNAL_EVENT takes codes from DMBRIDGE_FIRST_CODE on. The others are SMC's.
  *    Every open file reads the events of the former.
+ *  - A key of RENDEZVOUS is its file's, and so is its tag: no other file reads its
+ *    event or cancels it. EDQUOT from DMBRIDGE_MAX_KEYS keys on that wait for one
+ *    file, or 1024 for all. Two files of one guest meet as two devices do; both have
+ *    the guest's GID.
  */
 #ifndef DMBRIDGE_UAPI_H
 #define DMBRIDGE_UAPI_H
@@ -25,6 +29,7 @@
 #include <linux/types.h>
 
 #define DMBRIDGE_FIRST_CODE	0x10000
+#define DMBRIDGE_MAX_KEYS	256
 
 /**
  * struct dmbridge_info - DMBRIDGE_INFO: what the file is

@@ -120,6 +120,63 @@ fn what_is_one_programs_is_not_anothers() {
 }
 
 #[test]
+fn programs_meet_by_keys_that_are_their_own() {
+    let setup = setup();
+    let (mut a, mut neighbour, mut b) = (program(&setup.a), program(&setup.a), program(&setup.b));
+    assert!(a.ask("meet one 7 I-am-a")["gid"].is_null());
+    // Two programs may give the same number.
+    assert!(neighbour.ask("meet two 7 I-am-the-neighbour")["gid"].is_null());
+    assert!(a.refused("meet one 7 again").contains("Already"));
+    assert_eq!(neighbour.ask("cancel one 7")["was"], false);
+    for (key, other, says) in [("two", &mut neighbour, "I-am-the-neighbour"), ("one", &mut a, "I-am-a")] {
+        let met = b.ask(&format!("meet {key} 1 I-am-b"));
+        assert_eq!((met["gid"].as_str(), met["says"].as_str()), (Some(other.gid()), Some(says)));
+        let event = other.event("rendezvous");
+        assert_eq!((event["gid"].as_str(), &event["tag"]), (Some(b.gid()), &7.into()));
+        assert_eq!(event["says"], "I-am-b");
+    }
+    // Programs of one guest are one device, and meet all the same.
+    assert!(a.ask("meet three 1 hello")["gid"].is_null());
+    assert_eq!(neighbour.ask("meet three 1 hello-too")["gid"].as_str(), Some(a.gid()));
+    assert_eq!(a.event("rendezvous")["says"], "hello-too");
+    let (a_dmb, token) = a.register(&neighbour, 4096);
+    let sender = neighbour.sender("attach", &token);
+    neighbour.ask(&format!("write {sender} 0 inside"));
+    assert_eq!(a.ask(&format!("read {a_dmb} 0 6"))["text"], "inside");
+    // A key that was taken back is nobody's.
+    assert!(a.ask("meet four 1 hello")["gid"].is_null());
+    assert_eq!(a.ask("cancel four 1")["was"], true);
+    assert!(b.ask("meet four 1 hello")["gid"].is_null());
+    assert_kernel_is_content(&setup.a);
+}
+
+#[test]
+fn keys_of_a_program_that_is_killed_go_and_one_program_cannot_use_up_all() {
+    let setup = setup();
+    let (mut victim, mut b) = (program(&setup.a), program(&setup.b));
+    let before = dmbs(&setup);
+    // Its DMBs end after its keys.
+    victim.register(&b, 4096);
+    let mut waiting = 0;
+    let refused = loop {
+        victim.begin(&format!("meet key-{waiting} 1 hello"));
+        match victim.try_answer() {
+            Ok(answer) => assert!(answer["gid"].is_null(), "{answer}"),
+            Err(error) => break error,
+        }
+        waiting += 1;
+    };
+    assert!(refused.contains("Quota") && waiting == 256, "{waiting}: {refused}");
+    assert!(program(&setup.a).ask("meet another 1 hello")["gid"].is_null());
+    victim.kill();
+    until("the daemon has no DMB of it", || (dmbs(&setup) <= before).then_some(()));
+    for number in [0, 255] {
+        assert!(b.ask(&format!("meet key-{number} 1 hello"))["gid"].is_null());
+    }
+    assert_kernel_is_content(&setup.a);
+}
+
+#[test]
 fn a_program_that_is_killed_leaves_nothing_and_others_go_on() {
     let setup = setup();
     let (mut a, mut b) = (program(&setup.a), program(&setup.b));

@@ -15,6 +15,7 @@
 //! | `read DMB OFFSET LEN`, `wait DMB` | |
 //! | `drop-dmb DMB`, `drop-sender SENDER` | |
 //! | `exchange DMB SENDER BYTES SEED` | sends so many bytes while it receives as many; answers their hashes |
+//! | `meet KEY TAG TEXT`, `cancel KEY TAG` | |
 //! | `tell GID CODE INFO`, `event [SECONDS]` | software events, and whatever else happens |
 //! | `stats` | |
 //! | `get SOCKET PATH` | what the control API of a daemon answers |
@@ -114,6 +115,22 @@ where
         .with_context(|| format!("{what} is wrong"))
 }
 
+/// A word as 32 bytes.
+fn padded(words: &[&str], at: usize, what: &str) -> Result<[u8; 32]> {
+    let text: String = word(words, at, what)?;
+    let mut bytes = [0; 32];
+    bytes
+        .get_mut(..text.len())
+        .with_context(|| format!("{what} is too long"))?
+        .copy_from_slice(text.as_bytes());
+    Ok(bytes)
+}
+
+/// The word in 32 bytes.
+fn said(bytes: &[u8; 32]) -> String {
+    String::from_utf8_lossy(bytes).trim_end_matches('\0').to_string()
+}
+
 impl Driven {
     fn dmb(&self, words: &[&str], at: usize) -> Result<&Dmb> {
         let number: usize = word(words, at, "the DMB")?;
@@ -168,6 +185,20 @@ impl Driven {
             "exchange" => {
                 let (dmb, sender) = (self.dmb(words, 0)?, self.sender(words, 1)?);
                 exchange(dmb, sender, word(words, 2, "the number of bytes")?, word(words, 3, "the seed")?)
+            }
+            "meet" => {
+                let (key, text) = (padded(words, 0, "the key")?, padded(words, 2, "the text")?);
+                let met = self.device.rendezvous(key, word(words, 1, "the tag")?, text)?;
+                Ok(met.map_or(
+                    json!({ "gid": null }),
+                    |(gid, says)| json!({ "gid": gid.to_string(), "says": said(&says) }),
+                ))
+            }
+            "cancel" => {
+                let was = self
+                    .device
+                    .cancel_rendezvous(padded(words, 0, "the key")?, word(words, 1, "the tag")?)?;
+                Ok(json!({ "was": was }))
             }
             "tell" => {
                 let (code, info) = (word(words, 1, "the code")?, word(words, 2, "the info")?);
@@ -249,7 +280,9 @@ fn describe(event: &Event) -> Value {
         Event::DeviceGone { gid, reason } => {
             json!({ "event": "gone", "gid": text(gid), "reason": format!("{reason:?}") })
         }
-        Event::Rendezvous { gid, tag, .. } => json!({ "event": "rendezvous", "gid": text(gid), "tag": tag }),
+        Event::Rendezvous { gid, tag, payload } => {
+            json!({ "event": "rendezvous", "gid": text(gid), "tag": tag, "says": said(&payload) })
+        }
         Event::DevicePaused { gid } => json!({ "event": "paused", "gid": text(gid) }),
         Event::DeviceResumed { gid } => json!({ "event": "resumed", "gid": text(gid) }),
         Event::Software { from, code, info } => {
