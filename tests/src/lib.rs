@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod deadline;
 pub mod frontend;
 pub mod memory;
+pub mod namespaces;
 pub mod pair;
 pub mod preload;
 pub mod ring;

@@ -3,6 +3,7 @@
 use crate::build::build;
 use crate::daemon::{TestDaemon, end_with_this_thread};
 use crate::deadline::until;
+use crate::namespaces::Namespace;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -35,6 +36,8 @@ pub enum Way<'a> {
     Plain,
     /// By `dmbridge-run`.
     Dmbridge(&'a TestDaemon),
+    /// By `dmbridge-run`, in a network namespace, with the name of a network if it is not empty.
+    Within(&'a TestDaemon, &'a Namespace, &'a str),
 }
 
 impl Way<'_> {
@@ -42,13 +45,22 @@ impl Way<'_> {
     pub fn command(self, program: &str, args: &[&str]) -> Command {
         let program = find(program);
         let mut command = match self {
-            Way::Plain => Command::new(program),
-            Way::Dmbridge(daemon) => {
+            Way::Plain => Command::new(&program),
+            Way::Dmbridge(daemon) | Way::Within(daemon, ..) => {
                 let mut command = Command::new(runner());
-                command.arg("--hub").arg(daemon.hub()).args(["--stats", "--"]).arg(program);
+                command.arg("--hub").arg(daemon.hub()).arg("--stats");
                 command
             }
         };
+        if let Way::Within(_, namespace, network) = self {
+            namespace.enter(&mut command);
+            if !network.is_empty() {
+                command.args(["--network", network]);
+            }
+        }
+        if !matches!(self, Way::Plain) {
+            command.arg("--").arg(program);
+        }
         command.args(args).stdin(Stdio::null());
         end_with_this_thread(&mut command);
         command
@@ -68,15 +80,17 @@ impl Way<'_> {
         let mut command = self.command(program, args);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().unwrap_or_else(|error| panic!("{program}: {error}"));
-        until(&format!("{program} listens at port {port}"), || is_listening(port).then_some(()));
+        let pid = child.id();
+        until(&format!("{program} listens at port {port}"), || is_listening(pid, port).then_some(()));
         Server(child)
     }
 }
 
-/// Whether somebody listens. Not by connecting: some servers serve one connection only.
-fn is_listening(port: u16) -> bool {
+/// Whether somebody listens in a process's network namespace. Not by connecting: some servers serve one connection only.
+fn is_listening(pid: u32, port: u16) -> bool {
     let port = format!(":{port:04X}");
-    ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| {
+    ["tcp", "tcp6"].iter().any(|table| {
+        let table = format!("/proc/{pid}/net/{table}");
         std::fs::read_to_string(table).unwrap_or_default().lines().skip(1).any(|line| {
             let mut words = line.split_whitespace().skip(1);
             words.next().is_some_and(|own| own.ends_with(&port)) && words.nth(1) == Some("0A")

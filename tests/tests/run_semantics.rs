@@ -31,7 +31,7 @@ fn without_a_daemon_everything_is_tcp() {
     let alone = way.run(script, &["7", "2"]);
     assert_eq!(alone.out, plain.out);
     assert_eq!(alone.moved(), 0);
-    assert!(alone.counter("stayed TCP: no daemon, or it refused") > 0, "{}", alone.err);
+    assert!(alone.counter("stayed TCP: no device or daemon, or it refused") > 0, "{}", alone.err);
 }
 
 #[test]

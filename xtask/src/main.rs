@@ -81,7 +81,7 @@ fn bench(args: &[String]) -> Result<()> {
 }
 
 /// Programs that are run with and without `dmbridge-run`, and the packages that bring them.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("iperf3", "iperf3"),
     ("sockperf", "sockperf"),
     ("redis-server", "redis-server"),
@@ -91,6 +91,7 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("openssl", "openssl"),
     ("memcached", "memcached"),
     ("python3", "python3"),
+    ("ip", "iproute2"),
 ];
 
 fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {

@@ -272,12 +272,17 @@ impl Set {
         })
     }
 
-    /// A name that no other sleep of this host has. Under the lock.
+    /// A name that no other sleep has, on this machine or another one; 0, which is none, as long as there is no randomness. Under
+    /// the lock.
     fn next_sleep(&self) -> u64 {
         let mut last = self.sleep.load(Ordering::Relaxed);
         if last == 0 {
             // SAFETY: 8 bytes.
-            errno::keep(|| unsafe { libc::getrandom((&raw mut last).cast(), 8, libc::GRND_NONBLOCK) });
+            let got =
+                errno::keep(|| unsafe { libc::getrandom((&raw mut last).cast(), 8, libc::GRND_NONBLOCK) });
+            if got != 8 {
+                return 0;
+            }
         }
         let next = last.wrapping_add(1).max(1);
         self.sleep.store(next, Ordering::Relaxed);

@@ -1,8 +1,15 @@
-//! What names a connection for both of its ends, without doubt: the cookies of its two sockets, which the kernel gives out
-//! once. A socket's own is an option of it; that of the other end is found by the addresses, the other way round.
+//! What names a connection for both of its ends.
+//!
+//! If both are sockets of this network namespace, their cookies do, without doubt: the kernel gives each out once. A socket's
+//! own is an option of it; that of the other end is found by the addresses, the other way round.
+//!
+//! If not, the pair of addresses names it within a network: that is what an administrator calls a network, in which no two
+//! connections have equal ones at the same time (`dmbridge-run --network`).
 
 use crate::{errno, real};
 use libc::{c_int, sockaddr_storage, socklen_t};
+use sha2::{Digest, Sha256};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 
 /// A connection as this end knows it.
@@ -11,13 +18,24 @@ pub struct Identity {
     cookie: u64,
     /// `AF_INET` or `AF_INET6`.
     family: u8,
-    local: ([u8; 16], u16),
-    remote: ([u8; 16], u16),
+    local: End,
+    remote: End,
     device: u32,
 }
 
+/// Address, an IPv4 one in the first four bytes, and port.
+type End = ([u8; 16], u16);
+
 /// What both ends know.
 pub type Key = [u8; 32];
+
+/// A connection's name.
+#[derive(Clone, Copy)]
+pub struct Name {
+    pub key: Key,
+    /// Of the two ends, this is the one whose cookie or address is the lower one.
+    pub lower: bool,
+}
 
 const SO_COOKIE: c_int = 57;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -46,15 +64,53 @@ impl Identity {
         })
     }
 
-    /// What both ends know, if the other end is a socket of this network namespace.
-    pub fn key(&self) -> Option<Key> {
-        let other = self.other_cookie()?;
+    /// The connection's name, if it has one: the other end is in this network namespace, or both are in a network.
+    pub fn name(&self, network: Option<&str>) -> Option<Name> {
+        match self.other_cookie() {
+            Some(other) => self.name_here(other),
+            None => self.name_in(network?),
+        }
+    }
+
+    fn name_here(&self, other: u64) -> Option<Name> {
+        // Other machines give out the same cookies.
+        let boot = std::fs::read("/proc/sys/kernel/random/boot_id").ok()?;
         let namespace = std::fs::metadata("/proc/self/ns/net").ok()?.ino();
-        let mut key = *b"tcp-pair........................";
-        key[8..16].copy_from_slice(&namespace.to_le_bytes());
-        key[16..24].copy_from_slice(&self.cookie.min(other).to_le_bytes());
-        key[24..].copy_from_slice(&self.cookie.max(other).to_le_bytes());
-        Some(key)
+        let hash = Sha256::new_with_prefix(b"dmbridge-run, by cookies\0")
+            .chain_update(boot)
+            .chain_update(namespace.to_le_bytes())
+            .chain_update(self.cookie.min(other).to_le_bytes())
+            .chain_update(self.cookie.max(other).to_le_bytes());
+        (self.cookie != other).then(|| Name { key: hash.finalize().into(), lower: self.cookie < other })
+    }
+
+    fn name_in(&self, network: &str) -> Option<Name> {
+        // Each machine has these for itself.
+        if self.local.0 == self.remote.0 || [self.local, self.remote].iter().any(|end| self.is_own(end)) {
+            return None;
+        }
+        let lower = self.local < self.remote;
+        let (first, second) = if lower { (self.local, self.remote) } else { (self.remote, self.local) };
+        let mut hash = Sha256::new_with_prefix(b"dmbridge-run, by addresses\0")
+            .chain_update((network.len() as u64).to_le_bytes())
+            .chain_update(network)
+            .chain_update([self.family, libc::IPPROTO_TCP as u8]);
+        for (address, port) in [first, second] {
+            hash = hash.chain_update(address).chain_update(port.to_le_bytes());
+        }
+        Some(Name { key: hash.finalize().into(), lower })
+    }
+
+    /// Whether an address means something on one machine or link only.
+    fn is_own(&self, (address, _): &End) -> bool {
+        if c_int::from(self.family) == libc::AF_INET {
+            let [a, b, c, d, ..] = *address;
+            let v4 = Ipv4Addr::new(a, b, c, d);
+            v4.is_loopback() || v4.is_link_local()
+        } else {
+            let v6 = Ipv6Addr::from(*address);
+            v6.is_loopback() || v6.is_unicast_link_local()
+        }
     }
 
     /// The socket at the other end.
@@ -62,7 +118,7 @@ impl Identity {
         ask(self.family, self.remote, self.local, self.device).map(|socket| socket.cookie)
     }
 
-    /// Whether some process still has a descriptor of this end.
+    /// Whether some process still has a descriptor of this end; false also where the kernel cannot say, without `tcp_diag`.
     pub fn is_open(&self) -> bool {
         ask(self.family, self.local, self.remote, self.device)
             .is_some_and(|socket| socket.cookie == self.cookie && socket.inode != 0)
@@ -77,7 +133,7 @@ struct Socket {
 }
 
 /// Asks the kernel for the socket with these addresses (`include/uapi/linux/inet_diag.h`).
-fn ask(family: u8, own: ([u8; 16], u16), other: ([u8; 16], u16), device: u32) -> Option<Socket> {
+fn ask(family: u8, own: End, other: End, device: u32) -> Option<Socket> {
     const REQUEST: usize = 16 + 56;
     let mut request = [0u8; REQUEST];
     request[..4].copy_from_slice(&(REQUEST as u32).to_ne_bytes());
@@ -122,7 +178,7 @@ fn ask(family: u8, own: ([u8; 16], u16), other: ([u8; 16], u16), device: u32) ->
 type GetAddress = unsafe extern "C" fn(c_int, *mut libc::sockaddr, *mut socklen_t) -> c_int;
 
 /// Family, address, port, and the device of a link-local address.
-fn address(fd: c_int, get: GetAddress) -> Option<(u8, ([u8; 16], u16), u32)> {
+fn address(fd: c_int, get: GetAddress) -> Option<(u8, End, u32)> {
     // SAFETY: all-zero bytes are a sockaddr_storage, which is as long as it says.
     unsafe {
         let mut storage: sockaddr_storage = std::mem::zeroed();

@@ -15,6 +15,7 @@ mod io;
 mod iov;
 mod life;
 mod lock;
+mod meeting;
 mod poll;
 mod real;
 mod service;

@@ -1,17 +1,21 @@
 //! The thread that finds the other ends of connections, through the fabric, and gives both their rings. One in each process
 //! that has a candidate; started with the first. Nothing of a program's own calls waits for it.
 //!
-//! Two ends meet by a key (`RENDEZVOUS`), each registers a DMB for the other and says its token (`SIGNAL_EVENT`), each attaches
-//! the other's: then the connection is linked, and its directions switch when they are used next.
+//! Two ends meet by what both know of the connection, each registers a DMB for the other and says its token (`meeting`), each
+//! attaches the other's: then the connection is linked, and its directions switch when they are used next.
 
 use crate::conn::{Conn, Rings, State};
 use crate::header::SIZE;
 use crate::identity::{Identity, Key};
 use crate::lock::Lock;
+use crate::meeting::{Hello, Offer, Words};
+use crate::settings::{self, Place};
 use crate::table::{self, Entry, Kind};
+use crate::tcp::Counts;
 use crate::{arena, epoll, stats, tcp, verbose};
-use dmbridge::{Device, Dmb, Event, Events, Gid, RemoteDmb, Token};
+use dmbridge::{Device, Dmb, Event, Events, Gid, RemoteDmb};
 use dmbridge_proto::shm::CopyPlan;
+use dmbridge_proto::status::Status;
 use libc::c_int;
 use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
@@ -31,8 +35,6 @@ const SMALL: usize = 128 << 10;
 /// Ring of a connection that has brought [`MUCH`].
 const LARGE: usize = 1 << 20;
 const MUCH: u64 = 16 << 10;
-/// What both ends have to speak.
-const VERSION: u8 = 1;
 
 /// Something for the thread to do.
 enum Task {
@@ -209,16 +211,47 @@ struct Meeting {
     index: u32,
     life: u32,
     fd: c_int,
-    key: Key,
     large: bool,
     since: Instant,
     identity: Identity,
-    dmb: Option<Dmb>,
+    /// What was known of its bytes before anything was said.
+    before: Counts,
+    hello: Hello,
+    offered: Option<Offered>,
+}
+
+/// What one of them has offered to the other.
+struct Offered {
+    key: Key,
+    to: Gid,
+    /// Or why it is nothing.
+    ring: Result<Dmb, Why>,
+}
+
+/// Why a connection stays TCP: what to count. None: it has ended.
+type Why = Option<&'static AtomicU64>;
+
+impl Meeting {
+    /// The connection, if it still is the one that was to move, and open both ways; what is known of its bytes now.
+    fn connection(&self) -> Option<(&'static Conn, Counts)> {
+        let conn = arena::conn(self.index)?;
+        let counts = tcp::counts(self.fd, conn.is_active())?;
+        let is_same = conn.life.load(Ordering::Relaxed) == self.life
+            && table::conn(self.fd).is_some_and(|c| std::ptr::eq(c, conn));
+        is_same.then_some((conn, counts))
+    }
+
+    /// The key that waits.
+    fn key(&self) -> Key {
+        self.offered.as_ref().map_or(self.hello.key(), |offered| offered.key)
+    }
 }
 
 /// What keeps a connection's rings.
 struct Held {
     identity: Identity,
+    /// The kernel can say whether it is open.
+    known: bool,
     /// This process has no descriptor of it any more.
     left: bool,
     _local: Dmb,
@@ -278,27 +311,30 @@ impl Worker {
         }
     }
 
-    /// The device; connected when it is first needed.
-    fn device(&mut self) -> Option<Device> {
+    /// The device, opened when it is first needed; or what to count.
+    fn device(&mut self) -> Result<Device, &'static AtomicU64> {
         if self.device.as_ref().is_some_and(|(device, _)| !device.is_connected()) {
             // What is mapped stays usable, so what is held is kept.
-            self.device = None;
-            self.meetings.clear();
+            self.fail_all();
         }
         if self.device.is_none() {
-            let hub = &crate::settings::get().hub;
-            match Device::connect(hub) {
-                Ok(device) if device.can_map() => {
-                    let events = device.events();
-                    self.device = Some((device, events));
-                }
-                Ok(_) => {
-                    verbose!("the daemon at {hub} cannot be mapped by this process: connections stay TCP")
-                }
-                Err(error) => verbose!("{error}: connections stay TCP"),
+            let opened = match &settings::get().place {
+                Place::Hub(socket) => Device::connect(socket),
+                Place::File(file) => Device::open_file(file),
+                Place::Any => Device::open(),
+            };
+            let device = opened.map_err(|error| {
+                verbose!("{error}: connections stay TCP");
+                &stats::get().no_daemon
+            })?;
+            if !device.can_map() {
+                verbose!("the device {} cannot map: connections stay TCP", device.gid());
+                return Err(&stats::get().unmapped);
             }
+            let events = device.events();
+            self.device = Some((device, events));
         }
-        self.device.as_ref().map(|(device, _)| device.clone())
+        self.device.as_ref().map(|(device, _)| device.clone()).ok_or(&stats::get().no_daemon)
     }
 
     fn find(&mut self, index: u32, life: u32, fd: c_int, identity: &Identity) {
@@ -307,32 +343,43 @@ impl Worker {
             stats::count(counter);
             conn.change(State::Asking, State::Over);
         };
-        let Some(key) = identity.key() else { return over(&stats::get().elsewhere) };
+        let Some(name) = identity.name(settings::get().network.as_deref()) else {
+            return over(&stats::get().elsewhere);
+        };
         if uses_io_uring() {
             return over(&stats::get().io_uring);
         }
-        let Some(device) = self.device() else {
-            stats::count(&stats::get().no_daemon);
-            NOT_BEFORE.store(tcp::milliseconds() + RETRY.as_millis() as u64, Ordering::Relaxed);
-            conn.change(State::Asking, State::Plain);
+        let device = match self.device() {
+            Ok(device) => device,
+            Err(counter) => {
+                stats::count(counter);
+                NOT_BEFORE.store(tcp::milliseconds() + RETRY.as_millis() as u64, Ordering::Relaxed);
+                conn.change(State::Asking, State::Plain);
+                return;
+            }
+        };
+        let Some(before) = tcp::counts(fd, conn.is_active()) else {
+            conn.change(State::Asking, State::Over);
             return;
         };
         self.next = self.next.wrapping_add(1);
         let tag = self.next;
-        let large = tcp::received(fd).is_some_and(|bytes| bytes >= MUCH);
-        let meeting =
-            Meeting { index, life, fd, key, large, since: Instant::now(), identity: *identity, dmb: None };
+        let large = before.received >= MUCH;
+        let hello = Hello::new(name);
+        let (since, identity) = (Instant::now(), *identity);
+        let meeting = Meeting { index, life, fd, large, since, identity, before, hello, offered: None };
         self.meetings.insert(tag, meeting);
-        let mut payload = [0u8; 32];
-        payload[..4].copy_from_slice(&tag.to_le_bytes());
-        payload[4] = VERSION;
-        match device.rendezvous(key, tag, payload) {
-            Ok(Some((gid, payload))) => self.met(tag, gid, &payload),
+        self.say(&device, tag, hello.key(), hello.words());
+    }
+
+    /// Says something to who has the key, now or later.
+    fn say(&mut self, device: &Device, tag: u32, key: Key, words: Words) {
+        match device.rendezvous(key, tag, words) {
+            Ok(Some((gid, words))) => self.told(tag, gid, &words),
             Ok(None) => {}
             Err(error) => {
                 verbose!("{error}");
-                self.meetings.remove(&tag);
-                over(&stats::get().no_daemon);
+                self.fail(tag, Some(&stats::get().no_daemon));
             }
         }
     }
@@ -341,10 +388,7 @@ impl Worker {
         loop {
             let Some((_, events)) = &self.device else { return };
             match events.try_next() {
-                Ok(Some(Event::Rendezvous { gid, tag, payload })) => self.met(tag, gid, &payload),
-                Ok(Some(Event::Software { from, code, info })) => {
-                    self.told(code, from, Token::from_bits(info))
-                }
+                Ok(Some(Event::Rendezvous { gid, tag, payload })) => self.told(tag, gid, &payload),
                 Ok(Some(_)) => {}
                 Ok(None) => return,
                 Err(_) => {
@@ -356,37 +400,70 @@ impl Worker {
         }
     }
 
-    /// The other end of a meeting is there: it gets a DMB to write to.
-    fn met(&mut self, tag: u32, gid: Gid, payload: &[u8; 32]) {
-        let Some((device, _)) = &self.device else { return };
+    /// The other end of a meeting has said something.
+    fn told(&mut self, tag: u32, gid: Gid, words: &Words) {
         let Some(meeting) = self.meetings.get_mut(&tag) else { return };
-        let theirs = u32::from_le_bytes([payload[0], payload[1], payload[2], payload[3]]);
-        let size = SIZE + if meeting.large { LARGE } else { SMALL };
-        let registered = if payload[4] == VERSION { device.register(gid, size).ok() } else { None };
-        let registered = registered.filter(Dmb::peer_can_map);
-        let told = registered.filter(|dmb| device.signal_event(gid, theirs, dmb.token().to_bits()).is_ok());
-        match told {
-            Some(dmb) => meeting.dmb = Some(dmb),
-            None => self.fail(tag, &stats::get().no_memory),
+        match meeting.offered.take() {
+            None => self.greeted(tag, gid, words),
+            Some(ours) => self.offered(tag, ours, gid, &Offer::parse(words)),
         }
     }
 
-    /// The other end told its DMB: both have what they need.
-    fn told(&mut self, tag: u32, from: Gid, token: Token) {
+    /// The other end is there: it gets a DMB to write to.
+    fn greeted(&mut self, tag: u32, gid: Gid, words: &Words) {
         let Some((device, _)) = &self.device else { return };
+        let device = device.clone();
         let Some(meeting) = self.meetings.get_mut(&tag) else { return };
-        let Some(dmb) = meeting.dmb.take_if(|dmb| dmb.peer() == from) else { return };
+        let Some(key) = meeting.hello.answered(words) else {
+            return self.fail(tag, Some(&stats::get().stranger));
+        };
+        // If this end is not open any more, who came belongs to a later connection with its addresses.
+        let size = SIZE + if meeting.large { LARGE } else { SMALL };
+        let ring = match meeting.connection() {
+            None => Err(None),
+            Some((_, counts)) => match device.register(gid, size) {
+                Ok(dmb) if dmb.peer_can_map() => Ok((dmb, counts)),
+                Ok(_) => Err(Some(&stats::get().unmapped)),
+                Err(error) => {
+                    verbose!("{error}");
+                    Err(Some(&stats::get().no_memory))
+                }
+            },
+        };
+        // A refusal is said too: the other end need not wait.
+        let words = Offer::words(ring.as_ref().ok().map(|(dmb, counts)| (dmb.token(), *counts)));
+        meeting.offered = Some(Offered { key, to: gid, ring: ring.map(|(dmb, _)| dmb) });
+        self.say(&device, tag, key, words);
+    }
+
+    /// The other end has told its DMB: both have what they need.
+    fn offered(&mut self, tag: u32, ours: Offered, gid: Gid, theirs: &Offer) {
+        let Some((device, _)) = &self.device else { return };
+        let Some(meeting) = self.meetings.get(&tag) else { return };
+        let connection = meeting.connection();
+        let (dmb, token, conn) = match (ours.ring, theirs.ring, connection) {
+            (Err(why), ..) => return self.fail(tag, why),
+            (_, None, _) => return self.fail(tag, Some(&stats::get().refused)),
+            (.., None) => return self.fail(tag, None),
+            (Ok(dmb), Some(token), Some((conn, now)))
+                if gid == ours.to && theirs.fits(&meeting.before, &now) =>
+            {
+                (dmb, token, conn)
+            }
+            _ => return self.fail(tag, Some(&stats::get().stranger)),
+        };
         let remote = match device.attach(token) {
-            Ok(remote) if remote.size() > SIZE && remote.owner() == from => remote,
-            _ => return self.fail(tag, &stats::get().no_memory),
+            Ok(remote) if remote.size() > SIZE && remote.owner() == gid => remote,
+            Ok(_) => return self.fail(tag, Some(&stats::get().stranger)),
+            Err(error) => {
+                verbose!("{error}");
+                let cannot = error.status() == Some(Status::NotSupported);
+                let counters = stats::get();
+                return self.fail(tag, Some(if cannot { &counters.unmapped } else { &counters.no_memory }));
+            }
         };
         let plan = CopyPlan::from_bytes(device.config().copy_plan);
-        let Some(Meeting { index, life, fd, identity, .. }) = self.meetings.remove(&tag) else { return };
-        let Some(conn) = arena::conn(index) else { return };
-        if conn.life.load(Ordering::Relaxed) != life || table::conn(fd).is_none_or(|c| !std::ptr::eq(c, conn))
-        {
-            return;
-        }
+        let Some(Meeting { index, fd, identity, .. }) = self.meetings.remove(&tag) else { return };
         if conn.refs() != 1 {
             // It was inherited meanwhile.
             stats::count(&stats::get().shared);
@@ -401,7 +478,8 @@ impl Worker {
             line: remote.line_address(),
             plan,
         };
-        self.held.insert(index, Held { identity, left: false, _local: dmb, _remote: remote });
+        let known = identity.is_open();
+        self.held.insert(index, Held { identity, known, left: false, _local: dmb, _remote: remote });
         // Who is told by the kernel from now on has to be told in our words.
         for (fd, entry) in table::all() {
             if entry.conn().is_some_and(|c| std::ptr::eq(c, conn)) {
@@ -412,17 +490,20 @@ impl Worker {
         stats::count(&stats::get().linked);
     }
 
-    fn fail(&mut self, tag: u32, counter: &AtomicU64) {
+    /// It stays TCP.
+    fn fail(&mut self, tag: u32, why: Why) {
         let Some(meeting) = self.meetings.remove(&tag) else { return };
         if let Some(conn) = arena::conn(meeting.index) {
-            stats::count(counter);
+            if let Some(counter) = why {
+                stats::count(counter);
+            }
             conn.change(State::Asking, State::Over);
         }
     }
 
     fn fail_all(&mut self) {
         for tag in self.meetings.keys().copied().collect::<Vec<_>>() {
-            self.fail(tag, &stats::get().no_daemon);
+            self.fail(tag, Some(&stats::get().no_daemon));
         }
         self.device = None;
     }
@@ -433,7 +514,7 @@ impl Worker {
         for tag in self.meetings.iter().filter_map(late).collect::<Vec<_>>() {
             let Some(meeting) = self.meetings.remove(&tag) else { continue };
             if let Some((device, _)) = &self.device {
-                let _ = device.cancel_rendezvous(meeting.key, tag);
+                let _ = device.cancel_rendezvous(meeting.key(), tag);
             }
             if let Some(conn) = arena::conn(meeting.index) {
                 stats::count(&stats::get().alone);
@@ -452,7 +533,7 @@ impl Worker {
             && let Some(meeting) = self.meetings.remove(&tag)
             && let Some((device, _)) = &self.device
         {
-            let _ = device.cancel_rendezvous(meeting.key, tag);
+            let _ = device.cancel_rendezvous(meeting.key(), tag);
         }
         self.held.remove(&index);
         if let Some(conn) = arena::conn(index) {
@@ -465,7 +546,7 @@ impl Worker {
         let orphan = |(i, held): (&u32, &Held)| {
             let closed = arena::conn(*i).is_some_and(|conn| conn.state() == State::Orphan);
             // A process that was killed said nothing; the kernel knows.
-            (closed || (held.left && !held.identity.is_open())).then_some(*i)
+            (closed || (held.left && held.known && !held.identity.is_open())).then_some(*i)
         };
         for index in self.held.iter().filter_map(orphan).collect::<Vec<_>>() {
             self.closed(index);

@@ -33,12 +33,18 @@ counters! {
     bytes_sent: "bytes sent through DMBs",
     /// Bytes that came out of rings.
     bytes_received: "bytes received through DMBs",
-    /// No daemon.
-    no_daemon: "stayed TCP: no daemon, or it refused",
+    /// No device.
+    no_daemon: "stayed TCP: no device or daemon, or it refused",
     /// The peer is elsewhere.
-    elsewhere: "stayed TCP: the other end is not in this network namespace",
+    elsewhere: "stayed TCP: the other end is not in this network namespace, and no network was named",
     /// The peer did not come.
     alone: "stayed TCP: the other end does not run under dmbridge-run",
+    /// The peer is none.
+    stranger: "stayed TCP: who said to be the other end is not",
+    /// The peer could not.
+    refused: "stayed TCP: the other end could not, and counts why",
+    /// No mapping.
+    unmapped: "stayed TCP: one of the two ends cannot map memory of the other",
     /// Several processes.
     shared: "stayed TCP for now: several processes have the socket",
     /// Options.

@@ -88,9 +88,28 @@ pub fn read(fd: c_int) -> Option<u64> {
     None
 }
 
-/// How many bytes have come in all, about.
-pub fn received(fd: c_int) -> Option<u64> {
-    Info::of(fd).map(|info| info.u64(BYTES_RECEIVED))
+/// How many bytes of a connection are known to have gone where.
+#[derive(Clone, Copy)]
+pub struct Counts {
+    /// Written here, and in the other end's kernel.
+    pub acked: u64,
+    /// Written here, at least when this was asked for.
+    pub written: u64,
+    /// In this end's kernel, or read from it.
+    pub received: u64,
+}
+
+/// They are, while the connection is open both ways. Others may use it meanwhile.
+pub fn counts(fd: c_int, active: bool) -> Option<Counts> {
+    // In this order: what is acknowledged meanwhile is counted twice, and not left out.
+    let waiting = queued(fd, libc::TIOCOUTQ)?;
+    let info = Info::of(fd)?;
+    if info.0[STATE] != ESTABLISHED {
+        return None;
+    }
+    // The SYN of who connected was acknowledged too.
+    let acked = info.u64(BYTES_ACKED).checked_sub(active.into())?;
+    Some(Counts { acked, written: acked + waiting, received: info.u64(BYTES_RECEIVED) })
 }
 
 /// Whether it is a TCP connection that is open both ways, with nothing set that only TCP can do.
@@ -98,22 +117,31 @@ pub fn is_suitable(fd: c_int) -> bool {
     let protocol = socket_option(fd, libc::SO_PROTOCOL);
     let low_water = socket_option(fd, libc::SO_RCVLOWAT);
     let zero_copy = socket_option(fd, libc::SO_ZEROCOPY);
+    // A proxy's: it has the addresses of other machines, and may have two ends of different connections that look like one's.
+    let transparent = [(libc::SOL_IP, libc::IP_TRANSPARENT), (libc::SOL_IPV6, libc::IPV6_TRANSPARENT)]
+        .iter()
+        .any(|&(level, name)| int_option(fd, level, name).unwrap_or(0) != 0);
     protocol == Some(libc::IPPROTO_TCP)
         && low_water == Some(1)
         && zero_copy.unwrap_or(0) == 0
+        && !transparent
         && Info::of(fd).is_some_and(|info| info.0[STATE] == ESTABLISHED)
+}
+
+/// An integer option.
+fn int_option(fd: c_int, level: c_int, name: c_int) -> Option<c_int> {
+    let mut bytes = [0u8; 4];
+    (get(fd, level, name, &mut bytes)? == 4).then(|| c_int::from_ne_bytes(bytes))
 }
 
 /// An integer option of the socket.
 pub fn socket_option(fd: c_int, name: c_int) -> Option<c_int> {
-    let mut bytes = [0u8; 4];
-    (get(fd, libc::SOL_SOCKET, name, &mut bytes)? == 4).then(|| c_int::from_ne_bytes(bytes))
+    int_option(fd, libc::SOL_SOCKET, name)
 }
 
 /// An integer option of TCP.
 pub fn option(fd: c_int, name: c_int) -> Option<u32> {
-    let mut bytes = [0u8; 4];
-    (get(fd, libc::IPPROTO_TCP, name, &mut bytes)? == 4).then(|| u32::from_ne_bytes(bytes))
+    int_option(fd, libc::IPPROTO_TCP, name).map(|value| value as u32)
 }
 
 /// Sets an integer option of TCP.

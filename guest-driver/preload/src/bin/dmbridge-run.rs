@@ -1,5 +1,5 @@
-//! Runs an unchanged program; its TCP connections to other programs of this host that were started so go over DMBs
-//! (`docs/run.md`).
+//! Runs an unchanged program; its TCP connections to other programs of this host, or of its virtual machines, that were started
+//! so go over DMBs (`docs/run.md`).
 
 #[path = "../stats.rs"]
 #[allow(dead_code, reason = "the library counts")]
@@ -7,6 +7,7 @@ mod stats;
 
 use clap::Parser;
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -17,15 +18,23 @@ const LIBRARY: &str = "libdmbridge_preload.so";
 /// The file of the one that leaves the work to the kernel.
 const AF_SMC_LIBRARY: &str = "libdmbridge_af_smc.so";
 
-/// Run an unchanged program; its TCP connections to programs of this host that run like this go over shared memory.
+/// Run an unchanged program; its TCP connections to programs of this host that run like this go over shared memory. With
+/// --network, so do those to programs in its virtual machines and containers.
 #[derive(Parser)]
 #[command(name = "dmbridge-run", version)]
 struct Args {
-    /// The daemon's hub socket
-    #[arg(long, env = "DMBRIDGE_HUB", default_value = "/run/dmbridge/hub.sock")]
-    hub: PathBuf,
+    /// The daemon's socket [env: DMBRIDGE_HUB] [default: this machine's device, or /run/dmbridge/hub.sock]
+    #[arg(long, value_name = "PATH")]
+    hub: Option<PathBuf>,
+    /// The kernel module's character device, such as /dev/dmbridge0 [env: DMBRIDGE_DEVICE]
+    #[arg(long, value_name = "FILE", conflicts_with = "hub")]
+    device: Option<PathBuf>,
+    /// Connections with equal addresses are the same one wherever this name is given: on other virtual machines, and in
+    /// other network namespaces [env: DMBRIDGE_NETWORK]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    network: Option<String>,
     /// Leave it to the kernel: make the program's TCP sockets AF_SMC ones (docs/smc-in-a-guest.md)
-    #[arg(long, conflicts_with_all = ["verbose", "stats"])]
+    #[arg(long, conflicts_with_all = ["hub", "device", "network", "verbose", "stats"])]
     af_smc: bool,
     /// Say on standard error why connections stay TCP
     #[arg(long)]
@@ -56,7 +65,15 @@ fn run(args: &Args) -> Result<ExitCode, String> {
     let library = find_library(args)?;
     let [program, rest @ ..] = &args.program[..] else { return Err("which program?".into()) };
     let mut command = Command::new(program);
-    command.args(rest).env("DMBRIDGE_HUB", &args.hub);
+    command.args(rest);
+    if args.hub.is_some() || args.device.is_some() {
+        command.env_remove("DMBRIDGE_HUB").env_remove("DMBRIDGE_DEVICE");
+    }
+    // The program may change its folder.
+    let path = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    command.envs(args.hub.as_ref().map(|hub| ("DMBRIDGE_HUB", path(hub))));
+    command.envs(args.device.as_ref().map(|file| ("DMBRIDGE_DEVICE", path(file))));
+    command.envs(args.network.as_ref().map(|name| ("DMBRIDGE_NETWORK", name)));
     let mut preload = library.into_os_string();
     if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
         preload.push(":");
@@ -101,9 +118,17 @@ struct Counters {
 
 impl Counters {
     fn new() -> Result<Counters, String> {
-        let path = PathBuf::from(format!("/dev/shm/dmbridge-run.{}", std::process::id()));
+        let mut attempt = 0;
+        let (path, file) = loop {
+            let path = PathBuf::from(format!("/dev/shm/dmbridge-run.{}.{attempt}", std::process::id()));
+            match std::fs::OpenOptions::new().write(true).create_new(true).open(&path) {
+                Ok(file) => break (path, file),
+                // One that was killed has left it, and had the same number.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => attempt += 1,
+                Err(error) => return Err(format!("cannot make {}: {error}", path.display())),
+            }
+        };
         let say = |error| format!("cannot make {}: {error}", path.display());
-        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&path).map_err(say)?;
         file.set_len(size_of::<stats::Stats>() as u64).map_err(say)?;
         // Its processes may become other users.
         let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o666);

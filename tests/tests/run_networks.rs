@@ -1,0 +1,128 @@
+//! `dmbridge-run` between network namespaces of this host: connections move where both sides name the same network, and
+//! networks with equal addresses are not taken for one.
+
+use dmbridge_tests::daemon::TestDaemon;
+use dmbridge_tests::namespaces::{Namespace, joined};
+use dmbridge_tests::preload::{Ran, Way, daemon};
+
+const SERVER: &str = "10.99.0.1";
+const CLIENT: &str = "10.99.0.2";
+/// Of the server; the next one is the client's.
+const PORT: u16 = 5300;
+const UNTIL_MOVED: &str = "ask-until-moved";
+
+/// A server that answers requests of all sizes with what it was asked and who it is, and a client that checks that: some
+/// hundred times, or until what it asks does not go over TCP any more.
+const SCRIPT: &str = r#"
+import random, socket, struct, sys
+who, role, server, port = sys.argv[1:5]
+port = int(port)
+def whole(s, n):
+    data = b''
+    while len(data) < n:
+        part = s.recv(n - len(data))
+        if not part: return None
+        data += part
+    return data
+if role == 'serve':
+    s = socket.create_server((server, port)).accept()[0]
+    while head := whole(s, 4):
+        s.sendall(who.encode() + head + whole(s, struct.unpack('>I', head)[0]))
+else:
+    s = socket.create_connection((server, port), source_address=('', port + 1))
+    random.seed(who)
+    def ask():
+        data = random.randbytes(random.choice([1, 100, 5000, 60000]))
+        asked = struct.pack('>I', len(data)) + data
+        s.sendall(asked)
+        want = who.encode() + asked
+        if whole(s, len(want)) != want: sys.exit('a wrong answer')
+        return len(asked)
+    def acked():
+        return struct.unpack_from('Q', s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128), 120)[0]
+    for i in range(400): ask()
+    moved = role != 'ask-until-moved'
+    while not moved:
+        before = acked()
+        asked = sum(ask() for i in range(50))
+        moved = (acked() - before) * 10 < asked
+    print('all answers are right')
+"#;
+
+/// Has a client ask a server; what both say.
+fn ask(who: &str, how: &str, address: &str, server: Way<'_>, client: Way<'_>) -> [Ran; 2] {
+    let port = PORT.to_string();
+    let mut serving = server.serve("python3", &["-c", SCRIPT, who, "serve", address, &port], PORT);
+    let asked = client.run("python3", &["-c", SCRIPT, who, how, address, &port]);
+    assert_eq!(asked.out, "all answers are right\n");
+    [asked, serving.finish()]
+}
+
+/// As [`ask`], between the two of a pair.
+fn ask_across(
+    daemon: &TestDaemon,
+    who: &str,
+    how: &str,
+    pair: &[Namespace; 2],
+    networks: [&str; 2],
+) -> [Ran; 2] {
+    let [a, b] = pair;
+    let way = |namespace, network| Way::Within(daemon, namespace, network);
+    ask(who, how, SERVER, way(a, networks[0]), way(b, networks[1]))
+}
+
+fn both_moved(ran: &[Ran; 2]) {
+    for ran in ran {
+        assert!(ran.moved() > 100_000, "{}", ran.err);
+    }
+}
+
+#[test]
+fn connections_between_namespaces_of_one_network_move() {
+    let daemon = daemon();
+    let pair = joined([SERVER, CLIENT]);
+    both_moved(&ask_across(&daemon, "one", UNTIL_MOVED, &pair, ["cables", "cables"]));
+}
+
+#[test]
+fn connections_between_namespaces_stay_tcp_unless_both_name_the_same_network() {
+    let daemon = daemon();
+    let unnamed = "not in this network namespace, and no network was named";
+    for networks in [["", ""], ["cables", ""], ["cables", "others"]] {
+        let ran = ask_across(&daemon, "one", "ask", &joined([SERVER, CLIENT]), networks);
+        for (ran, network) in ran.iter().zip([networks[1], networks[0]]) {
+            assert_eq!(ran.moved(), 0, "{networks:?}: {}", ran.err);
+            assert_eq!(ran.counter(unnamed) > 0, network.is_empty(), "{networks:?}: {}", ran.err);
+        }
+    }
+}
+
+#[test]
+fn networks_with_equal_addresses_are_told_apart() {
+    let daemon = daemon();
+    let networks = [("one", joined([SERVER, CLIENT])), ("two", joined([SERVER, CLIENT]))];
+    std::thread::scope(|scope| {
+        let threads = networks
+            .each_ref()
+            .map(|(name, pair)| scope.spawn(|| ask_across(&daemon, name, UNTIL_MOVED, pair, [*name; 2])));
+        for thread in threads {
+            both_moved(&thread.join().expect("all answers are right"));
+        }
+    });
+}
+
+#[test]
+fn connections_inside_a_namespace_move_and_are_not_taken_for_those_of_another_one() {
+    let daemon = daemon();
+    let namespaces = joined([SERVER, CLIENT]);
+    std::thread::scope(|scope| {
+        let threads = namespaces.each_ref().map(|namespace| {
+            let way = Way::Within(&daemon, namespace, "cables");
+            let who = if std::ptr::eq(namespace, &namespaces[0]) { "one" } else { "two" };
+            scope.spawn(move || ask(who, UNTIL_MOVED, "127.0.0.1", way, way))
+        });
+        for thread in threads {
+            both_moved(&thread.join().expect("all answers are right"));
+        }
+    });
+}
