@@ -21,6 +21,19 @@ fn every_socket_call_says_the_same_with_and_without() {
 }
 
 #[test]
+fn several_connections_threads_and_signals_are_as_with_tcp() {
+    let daemon = daemon();
+    let scenes = env!("CARGO_BIN_EXE_socket-scenes");
+    let plain = Way::Plain.run(scenes, &[]);
+    let moved = Way::Dmbridge(&daemon).run(scenes, &[]);
+    assert!(moved.counter("directions of connections that moved to DMBs") > 1000, "{}", moved.err);
+    for (want, is) in plain.out.lines().zip(moved.out.lines()) {
+        assert_eq!(is, want);
+    }
+    assert_eq!(moved.out.len(), plain.out.len());
+}
+
+#[test]
 fn without_a_daemon_everything_is_tcp() {
     let daemon = daemon();
     let hub = daemon.hub();

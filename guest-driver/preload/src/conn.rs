@@ -8,7 +8,7 @@ use crate::errno::{self, Outcome};
 use crate::header::{DATA, Header, ROOM, SIZE};
 use crate::iov::{Reader, Writer};
 use crate::lock::Lock;
-use crate::{crowd, real, stats, tcp};
+use crate::{crowd, real, signal, stats, tcp};
 use dmbridge::Spinner;
 use dmbridge_proto::line::ControlLine;
 use dmbridge_proto::shm::{self, CopyPlan};
@@ -651,7 +651,7 @@ impl Conn {
             if ready < 0 && errno::get() != libc::EINTR {
                 return Err(errno::get());
             }
-            if ready < 0 && !self.has_room() {
+            if ready < 0 && !self.has_room() && (deadline.is_some() || !signal::restarts()) {
                 return Err(libc::EINTR);
             }
             if wait.revents & (libc::POLLERR | libc::POLLHUP) != 0 {
@@ -1053,10 +1053,10 @@ impl Conn {
             let ready = unsafe { real::poll(&mut wait, 1, longest.as_millis() as c_int) };
             let began = *began.get_or_insert_with(Instant::now);
             let deadline = tcp::timeout(fd, libc::SO_RCVTIMEO).map(|t| began + t);
-            if ready == 0 && deadline.is_some_and(|d| Instant::now() >= d) {
-                Err(EAGAIN)
-            } else {
-                errno::outcome(ready as isize).map(|_| None)
+            match errno::outcome(ready as isize) {
+                Ok(0) if deadline.is_some_and(|d| Instant::now() >= d) => Err(EAGAIN),
+                Err(libc::EINTR) if deadline.is_none() && signal::restarts() => Ok(None),
+                outcome => outcome.map(|_| None),
             }
         } else if on_ring && sleepers == 0 {
             // What wakes is taken away at once.
@@ -1322,7 +1322,8 @@ impl Conn {
             on_ring && ring.available() != 0
         };
         let state = StateFlags::PEER_DONE_WRITING | StateFlags::PEER_CONN_CLOSED;
-        self.say(if unread { state | StateFlags::PEER_CONN_ABORT } else { state });
+        let aborts = unread || tcp::resets_at_close(fd);
+        self.say(if aborts { state | StateFlags::PEER_CONN_ABORT } else { state });
         unread
     }
 

@@ -39,6 +39,8 @@ const BELL: u64 = TOKEN | 0xffff_ffff;
 const IDLE: u32 = 64;
 /// The kernel is asked for everything else at every so many-th wait that needs no kernel.
 const TURNS: u32 = 8;
+/// Instances nest no deeper (Linux' `EP_MAX_NESTS`, fs/eventpoll.c).
+const NESTS: u32 = 4;
 
 /// Where a descriptor is registered.
 pub struct Registrations {
@@ -84,6 +86,8 @@ pub struct Set {
     sleep: AtomicU64,
     /// The kernel had something else than wake-ups when it was last asked.
     busy: AtomicBool,
+    /// It was asked about by way of another call, so what the kernel says of it has to be taken from there.
+    watched: AtomicBool,
     /// An eventfd that is registered in it, to wake who sleeps for what only we know; 0: none.
     bell: AtomicI32,
     spinner: OnceLock<Spinner>,
@@ -113,6 +117,7 @@ impl Default for Set {
             turn: AtomicU32::new(0),
             sleep: AtomicU64::new(0),
             busy: AtomicBool::new(true),
+            watched: AtomicBool::new(false),
             bell: AtomicI32::new(0),
             spinner: OnceLock::new(),
         }
@@ -214,6 +219,12 @@ impl Set {
             }
         }
         self.with_hot(Vec::clear);
+        {
+            let _lock = self.lock.take();
+            // SAFETY: under the lock.
+            unsafe { (*self.nested.get()).clear() };
+        }
+        self.watched.store(false, Ordering::Relaxed);
         self.converted.store(0, Ordering::Release);
         let bell = self.bell.swap(0, Ordering::AcqRel);
         if bell > 0 {
@@ -222,7 +233,7 @@ impl Set {
         }
     }
 
-    pub fn has_moved(&self) -> bool {
+    fn has_moved(&self) -> bool {
         self.converted.load(Ordering::Acquire) != 0
     }
 
@@ -240,12 +251,43 @@ impl Set {
         self.spinner.get_or_init(|| Spinner::local(dmbridge::DEFAULT_SPIN))
     }
 
-    /// Before somebody sleeps on this instance by way of another call: arms what is hot, or makes the kernel say that
-    /// there is something.
+    /// Before the kernel is asked about this instance by way of another one, or of `poll`: arms what is hot, here and in what
+    /// is nested here, or makes the kernel say that there is something.
     pub fn prepare(&self, epoll: c_int) {
+        self.prepare_to(NESTS, epoll);
+    }
+
+    fn prepare_to(&self, depth: u32, epoll: c_int) {
+        self.watched.store(true, Ordering::Relaxed);
+        self.prepare_nested(depth);
         if self.has_moved() && !self.arm(epoll) {
             self.ring();
         }
+    }
+
+    /// Prepares what is nested here, so many levels down.
+    fn prepare_nested(&self, depth: u32) {
+        let nested = {
+            let _lock = self.lock.take();
+            // SAFETY: under the lock.
+            unsafe { (*self.nested.get()).clone() }
+        };
+        for inner in nested.into_iter().filter(|_| depth != 0) {
+            let entry = table::get(inner).filter(|entry| entry.kind() == Kind::Epoll);
+            if let Some(set) = entry.and_then(Entry::set) {
+                set.prepare_to(depth - 1, inner);
+            }
+        }
+    }
+
+    /// Whether the kernel alone does not know of all that comes.
+    pub fn needs_us(&self) -> bool {
+        let has_nested = || {
+            let _lock = self.lock.take();
+            // SAFETY: under the lock.
+            unsafe { !(*self.nested.get()).is_empty() }
+        };
+        self.has_moved() || has_nested()
     }
 
     /// Arms everything that is hot. False if something is ready.
@@ -591,13 +633,17 @@ unsafe extern "C-unwind" fn epoll_ctl(
         Kind::Epoll => {
             let result = plain();
             if result == 0
-                && operation == EPOLL_CTL_ADD
+                && operation != EPOLL_CTL_MOD
                 && let Some(outer) = table::get(epoll)
             {
                 let set = outer.set_or_new();
                 let _lock = set.lock.take();
                 // SAFETY: under the lock.
-                unsafe { (*set.nested.get()).push(fd) };
+                let nested = unsafe { &mut *set.nested.get() };
+                nested.retain(|inner| *inner != fd);
+                if operation == EPOLL_CTL_ADD {
+                    nested.push(fd);
+                }
             }
             return result;
         }
@@ -829,7 +875,7 @@ fn wait(
     let mut to = Out { events, most: room, count: 0, from: 0 };
     loop {
         let set = match entry.set() {
-            Some(set) if set.has_moved() || set.has_nested() => set,
+            Some(set) if set.needs_us() => set,
             _ => {
                 let count = kernel(events, most, until);
                 match entry.set() {
@@ -845,6 +891,7 @@ fn wait(
             }
         };
         let ask = |to: &mut Out, until: Until| {
+            set.prepare_nested(NESTS);
             // SAFETY: behind what was put, which is below `most`.
             let count = kernel(unsafe { events.add(to.count) }, (room - to.count) as c_int, until);
             if count > 0 {
@@ -857,7 +904,8 @@ fn wait(
         };
         set.collect(epoll, &mut to);
         if to.count != 0 {
-            if !to.is_full() && set.turn.fetch_add(1, Ordering::Relaxed) % TURNS == 0 {
+            let turn = set.turn.fetch_add(1, Ordering::Relaxed) % TURNS == 0;
+            if !to.is_full() && (turn || set.watched.load(Ordering::Relaxed)) {
                 errno::keep(|| ask(&mut to, Until::Now));
             }
             return to.count as c_int;
@@ -882,7 +930,6 @@ fn wait(
         };
         set.sleepers.fetch_add(1, Ordering::SeqCst);
         let quiet = set.arm(epoll);
-        set.prepare_nested();
         let count = if quiet { ask(&mut to, until) } else { 0 };
         set.sleepers.fetch_sub(1, Ordering::SeqCst);
         set.disarm();
@@ -892,27 +939,6 @@ fn wait(
         }
         if to.count != 0 || (quiet && until.is_over()) {
             return to.count as c_int;
-        }
-    }
-}
-
-impl Set {
-    fn has_nested(&self) -> bool {
-        let _lock = self.lock.take();
-        // SAFETY: under the lock.
-        unsafe { !(*self.nested.get()).is_empty() }
-    }
-
-    fn prepare_nested(&self) {
-        let nested = {
-            let _lock = self.lock.take();
-            // SAFETY: under the lock.
-            unsafe { (*self.nested.get()).clone() }
-        };
-        for inner in nested {
-            if let Some(set) = table::get(inner).and_then(Entry::set) {
-                set.prepare(inner);
-            }
         }
     }
 }

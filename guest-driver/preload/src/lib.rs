@@ -20,6 +20,7 @@ mod poll;
 mod real;
 mod service;
 mod settings;
+mod signal;
 mod stats;
 mod table;
 mod tcp;

@@ -2,7 +2,7 @@
 
 use crate::conn::Conn;
 use crate::epoll::Until;
-use crate::table::{self, Entry, Kind};
+use crate::table::{self, Kind};
 use crate::{crowd, errno, real};
 use libc::{
     POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
@@ -26,7 +26,7 @@ fn needs_us(fd: c_int) -> bool {
     match table::get(fd) {
         Some(entry) => match entry.kind() {
             Kind::Conn => entry.conn().is_some_and(Conn::is_moved),
-            Kind::Epoll => entry.set().is_some_and(|set| set.has_moved()),
+            Kind::Epoll => entry.set().is_some_and(|set| set.needs_us()),
             _ => false,
         },
         None => false,
@@ -95,10 +95,6 @@ fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
             if let Some(conn) = moved(at.fd) {
                 let full = if conn.is_full() { at.events } else { at.events & !POLLOUT };
                 conn.arm(at.fd, full, false, 0);
-            } else if let Some(set) =
-                table::get(at.fd).filter(|e| e.kind() == Kind::Epoll).and_then(Entry::set)
-            {
-                set.prepare(at.fd);
             }
         }
         // An epoll instance that watches one of them may take the wake-up away.
@@ -118,6 +114,11 @@ fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
 fn ask(fds: &mut [pollfd], copy: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
     for (to, at) in copy.iter_mut().zip(&*fds) {
         *to = *at;
+        if let Some(entry) = table::get(at.fd).filter(|entry| entry.kind() == Kind::Epoll)
+            && let Some(set) = entry.set()
+        {
+            set.prepare(at.fd);
+        }
         if let Some(conn) = moved(at.fd)
             && at.events & POLLOUT != 0
             && conn.is_full()

@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(3);
 /// A daemon that was not there is looked for again after so long.
 const RETRY: Duration = Duration::from_secs(5);
+/// What the program's descriptors are is looked at this often.
+const LOOK: Duration = Duration::from_secs(1);
 /// Who waited in vain has to do so many times more before it is looked for again.
 const DISCOURAGED: u32 = 64;
 /// Ring of a connection of requests and answers; what is never used of it costs nothing.
@@ -264,11 +266,20 @@ struct Worker {
     meetings: HashMap<u32, Meeting>,
     held: HashMap<u32, Held>,
     next: u32,
+    /// When it was looked whether the program has an io_uring, and what was seen.
+    io_uring: Option<(Instant, bool)>,
 }
 
 impl Worker {
     fn new(queue: Arc<Queue>) -> Worker {
-        Worker { queue, device: None, meetings: HashMap::new(), held: HashMap::new(), next: 0 }
+        Worker {
+            queue,
+            device: None,
+            meetings: HashMap::new(),
+            held: HashMap::new(),
+            next: 0,
+            io_uring: None,
+        }
     }
 
     fn run(mut self) {
@@ -346,7 +357,7 @@ impl Worker {
         let Some(name) = identity.name(settings::get().network.as_deref()) else {
             return over(&stats::get().elsewhere);
         };
-        if uses_io_uring() {
+        if self.uses_io_uring() {
             return over(&stats::get().io_uring);
         }
         let device = match self.device() {
@@ -370,6 +381,22 @@ impl Worker {
         let meeting = Meeting { index, life, fd, large, since, identity, before, hello, offered: None };
         self.meetings.insert(tag, meeting);
         self.say(&device, tag, hello.key(), hello.words());
+    }
+
+    /// Whether this process has an io_uring: then reads and writes may happen that nobody here sees. To look at all descriptors
+    /// for each of thousands of connections would be too much.
+    fn uses_io_uring(&mut self) -> bool {
+        if let Some((when, has)) = self.io_uring
+            && when.elapsed() < LOOK
+        {
+            return has;
+        }
+        let mut fds = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+        let has = fds.any(|fd| {
+            std::fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[io_uring]")
+        });
+        self.io_uring = Some((Instant::now(), has));
+        has
     }
 
     /// Says something to who has the key, now or later.
@@ -552,11 +579,4 @@ impl Worker {
             self.closed(index);
         }
     }
-}
-
-/// Whether this process has an io_uring: then reads and writes may happen that nobody here sees.
-fn uses_io_uring() -> bool {
-    let Ok(fds) = std::fs::read_dir("/proc/self/fd") else { return false };
-    fds.flatten()
-        .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[io_uring]"))
 }

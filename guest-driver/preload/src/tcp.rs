@@ -173,6 +173,17 @@ pub fn reset_at_close(fd: c_int) {
     });
 }
 
+/// Whether it will be: `SO_LINGER` with no time.
+pub fn resets_at_close(fd: c_int) -> bool {
+    let mut bytes = [0u8; size_of::<libc::linger>()];
+    if get(fd, libc::SOL_SOCKET, libc::SO_LINGER, &mut bytes).is_none() {
+        return false;
+    }
+    // SAFETY: a linger is integers only.
+    let linger: libc::linger = unsafe { std::mem::transmute(bytes) };
+    linger.l_onoff != 0 && linger.l_linger == 0
+}
+
 /// `SO_SNDTIMEO` or `SO_RCVTIMEO`; `None`: for ever.
 pub fn timeout(fd: c_int, name: c_int) -> Option<Duration> {
     let mut bytes = [0u8; size_of::<timeval>()];
