@@ -149,6 +149,7 @@ struct Device {
     gid: Option<Spanned<String>>,
     node: Option<Spanned<u32>>,
     placement: Option<Spanned<toml::Value>>,
+    engine: Option<Spanned<String>>,
     #[serde(default)]
     limits: LimitsTable,
 }
@@ -162,6 +163,7 @@ struct Hub {
     max_devices_per_user: Option<usize>,
     node: Option<Spanned<u32>>,
     placement: Option<Spanned<toml::Value>>,
+    engine: Option<Spanned<String>>,
     #[serde(default)]
     limits: LimitsTable,
     #[serde(default)]
@@ -226,12 +228,24 @@ fn system_eid(text: &str) -> Result<[u8; 32], SettingsError> {
     check_system_eid(&eid).map(|()| eid)
 }
 
-/// On which node a device is, and its extents are to lie.
-fn numa(node: Option<&Spanned<u32>>, place: Option<&Spanned<toml::Value>>) -> Result<NumaSettings, Wrong> {
+/// On which node a device is, its extents are to lie, and what copies its moves.
+fn numa(
+    node: Option<&Spanned<u32>>,
+    place: Option<&Spanned<toml::Value>>,
+    kind: Option<&Spanned<String>>,
+) -> Result<NumaSettings, Wrong> {
     let node = node.map(|node| {
         host_node((*node.get_ref()).into()).map_err(|e| Wrong::new(node.span(), format!("node = {e}")))
     });
-    Ok(NumaSettings { node: node.transpose()?, placement: place.map(placement).transpose()? })
+    Ok(NumaSettings {
+        node: node.transpose()?,
+        placement: place.map(placement).transpose()?,
+        engine: kind.map(engine).transpose()?,
+    })
+}
+
+fn engine(kind: &Spanned<String>) -> Result<table::Kind, Wrong> {
+    kind.get_ref().parse().map_err(|e| Wrong::new(kind.span(), format!("engine = {e}")))
 }
 
 fn placement(value: &Spanned<toml::Value>) -> Result<Placement, Wrong> {
@@ -278,11 +292,9 @@ impl Engines {
         if let Some(path) = self.cache {
             engines.cache = Some(path).filter(|path| !path.as_os_str().is_empty());
         }
-        for EngineRule { at_least, engine } in self.rule {
-            let at_least = at_least.map_or(0, |size| size.0);
-            let kind =
-                engine.get_ref().parse().map_err(|e| Wrong::new(engine.span(), format!("engine = {e}")))?;
-            engines.rules.push(table::Rule { at_least, kind });
+        for rule in self.rule {
+            let at_least = rule.at_least.map_or(0, |size| size.0);
+            engines.rules.push(table::Rule { at_least, kind: engine(&rule.engine)? });
         }
         Ok(engines)
     }
@@ -354,7 +366,7 @@ impl Device {
             endpoint: Endpoint::Path(self.socket),
             group,
             gid: gid.transpose()?,
-            numa: numa(self.node.as_ref(), self.placement.as_ref())?,
+            numa: numa(self.node.as_ref(), self.placement.as_ref(), self.engine.as_ref())?,
             limits: self.limits.over(limits, Some(general))?,
         })
     }
@@ -363,7 +375,7 @@ impl Device {
 impl Hub {
     fn settings(self, limits: Limits, general: &LimitsTable) -> Result<HubSettings, Wrong> {
         let mut hub = HubSettings::new(self.socket);
-        hub.numa = numa(self.node.as_ref(), self.placement.as_ref())?;
+        hub.numa = numa(self.node.as_ref(), self.placement.as_ref(), self.engine.as_ref())?;
         hub.limits = self.limits.over(limits, Some(general))?;
         if let Some(mode) = self.mode {
             let bits = *mode.get_ref();
@@ -528,9 +540,22 @@ mod tests {
         let settings = parse(text).unwrap();
         let node = NodeId::new(0);
         assert_eq!(settings.pool.placement, Placement::Interleave);
-        assert_eq!(settings.devices[0].numa, NumaSettings { node, placement: None });
+        assert_eq!(settings.devices[0].numa, NumaSettings { node, ..NumaSettings::default() });
         assert_eq!(settings.devices[1].numa.placement, node.map(Placement::Node));
         assert_eq!(settings.hub.unwrap().numa.placement, Some(Placement::Sender));
+    }
+
+    #[test]
+    fn a_device_and_the_hub_may_name_the_engine_that_copies_their_moves() {
+        let text = "[[device]]\nname = \"a\"\nsocket = \"/a\"\nengine = \"cpu-node\"\n\
+                    [hub]\nsocket = \"/h\"\nengine = \"cpu\"";
+        let settings = parse(text).unwrap();
+        assert_eq!(settings.devices[0].numa.engine, Some(table::Kind::CpuNode));
+        assert_eq!(settings.hub.unwrap().numa.engine, Some(table::Kind::Cpu));
+        assert!(
+            sentence("[hub]\nsocket = \"/h\"\nengine = \"gpu\"")
+                .starts_with("line 3: engine = \"gpu\" is not an engine")
+        );
     }
 
     #[test]

@@ -383,6 +383,9 @@ impl Worker {
             copy.step(home, step)?;
             left -= step;
             if left == 0 {
+                if let Some(choice) = copy.choice {
+                    copy.engines.done(choice, len as usize);
+                }
                 notify(home, &target, header, &queue.port.counters)?;
                 break;
             }
@@ -462,9 +465,9 @@ impl Copy<'_> {
             Home::Pool { file, .. } => file.node(),
             Home::Ram { .. } => self.target.owner.node(),
         };
-        let choice = *self
-            .choice
-            .get_or_insert_with(|| self.engines.choose(self.source.node(), destination, self.len as usize));
+        let choice = *self.choice.get_or_insert_with(|| {
+            self.engines.choose(self.source.engine, self.source.node(), destination, self.len as usize)
+        });
         self.runs.clear();
         let mut left = len;
         while left > 0 {
@@ -623,8 +626,8 @@ mod tests {
         fn with(engines: MoverEngines) -> World {
             let (doorbell, inbox) = doorbell::pair().unwrap();
             let (sender, owner) = (Guest::new(4 << 20), Guest::new(4 << 20));
-            let sender_port = Arc::new(Port::new(SessionId(1), doorbell.clone()));
-            let owner_port = Arc::new(Port::new(SessionId(2), doorbell));
+            let sender_port = Arc::new(Port::new(SessionId(1), doorbell.clone(), None));
+            let owner_port = Arc::new(Port::new(SessionId(2), doorbell, None));
             sender_port.memory.replace(sender.table());
             owner_port.memory.replace(owner.table());
             let file = Arc::new(MemFile::new(1 << 20, None, &Default::default()).unwrap());

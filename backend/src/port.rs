@@ -4,6 +4,7 @@
 //! control thread takes each alone when it writes, so it waits only for the piece of work that is under way.
 
 use crate::doorbell::Doorbell;
+use crate::engine::table::Kind;
 use crate::events::{Events, Full};
 use crate::memory::SharedMemory;
 use crate::pool::memfile::MemFile;
@@ -28,6 +29,8 @@ pub struct Port {
     pub memory: SharedMemory,
     /// What the device did for its driver.
     pub counters: Counters,
+    /// The kind of engine that copies what the device moves, if that is configured.
+    pub engine: Option<Kind>,
     /// The device's NUMA node, as the control thread knows it; none: `u32::MAX`.
     node: AtomicU32,
     events: Mutex<Events>,
@@ -66,12 +69,13 @@ impl Counters {
 }
 
 impl Port {
-    /// The port of a new connection.
-    pub fn new(session: SessionId, doorbell: Doorbell) -> Port {
+    /// The port of a new connection, whose moves are copied by `engine` if one is given.
+    pub fn new(session: SessionId, doorbell: Doorbell, engine: Option<Kind>) -> Port {
         Port {
             session,
             memory: SharedMemory::default(),
             counters: Counters::default(),
+            engine,
             node: AtomicU32::new(u32::MAX),
             events: Mutex::default(),
             targets: RwLock::default(),

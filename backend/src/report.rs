@@ -80,11 +80,11 @@ pub struct EngineRow {
     pub bytes: u64,
     /// The engine that is used.
     pub engine: String,
-    /// Why: `measurement` or `configuration`.
+    /// Why: `measurement` (at start), `trial` (since) or `configuration`.
     pub chosen_by: String,
     /// Moves by this row.
     pub uses: u64,
-    /// What each engine takes.
+    /// What each engine took at start.
     pub costs: Vec<EngineCost>,
 }
 

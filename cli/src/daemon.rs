@@ -27,23 +27,33 @@ impl Daemon {
     /// The same, with a device at each of these sockets.
     pub fn with_sockets(scratch: &Scratch, sockets: &[PathBuf]) -> Result<Daemon> {
         let sockets = sockets.iter().map(|socket| format!("--socket-path={}", socket.display()));
-        Daemon::launch(scratch, "", sockets.collect())
+        Daemon::launch(scratch, sockets.collect())
     }
 
-    /// The same, copying by this engine only, beside others.
-    pub fn with_engine(scratch: &Scratch, engine: &str) -> Result<Daemon> {
-        Daemon::launch(scratch, &format!("{engine}-"), vec![format!("--engine={engine}")])
+    /// The same, with a device for each of these engines, which copies its moves; where they connect,
+    /// [`engine_socket`] says.
+    pub fn with_engines(scratch: &Scratch, engines: &[&str]) -> Result<Daemon> {
+        let config = scratch.file("engines.toml");
+        let group = format!("uid-{}", nix::unistd::geteuid());
+        let device = |engine: &&str| {
+            let socket = engine_socket(scratch, engine);
+            format!(
+                "[[device]]\nname = \"{engine}\"\nsocket = {socket:?}\ngroup = \"{group}\"\nengine = \"{engine}\"\n"
+            )
+        };
+        std::fs::write(&config, engines.iter().map(device).collect::<String>())?;
+        Daemon::launch(scratch, vec![format!("--config={}", config.display())])
     }
 
-    fn launch(scratch: &Scratch, name: &str, flags: Vec<String>) -> Result<Daemon> {
+    fn launch(scratch: &Scratch, flags: Vec<String>) -> Result<Daemon> {
         let program = find_program("dmbridged").ok_or_else(|| {
             anyhow!(
                 "dmbridged was found neither next to this program nor in PATH; build it with `cargo build --release \
                  --workspace`, or install it"
             )
         })?;
-        let hub = scratch.file(&format!("{name}hub.sock"));
-        let control = scratch.file(&format!("{name}control.sock"));
+        let hub = scratch.file("hub.sock");
+        let control = scratch.file("control.sock");
         let mut command = Command::new(&program);
         command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "error"]);
         command.args(flags);
@@ -76,4 +86,9 @@ impl Daemon {
     pub fn pid(&self) -> nix::unistd::Pid {
         self.child.pid()
     }
+}
+
+/// Where the device connects whose moves are copied by this engine, of a daemon that was started with it.
+pub fn engine_socket(scratch: &Scratch, engine: &str) -> PathBuf {
+    scratch.file(&format!("{engine}.sock"))
 }

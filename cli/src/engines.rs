@@ -120,7 +120,11 @@ fn text(all: &Engines) -> String {
             let cell = cost.map_or_else(|| "-".to_owned(), |cost| figures(row.bytes, cost.nanoseconds));
             let _ = write!(out, "{cell:>22}");
         }
-        let by = if row.chosen_by == "configuration" { "setting" } else { "speed" };
+        let by = match row.chosen_by.as_str() {
+            "configuration" => "setting",
+            "trial" => "trial",
+            _ => "speed",
+        };
         let _ = writeln!(out, "  {:<14}{:<10}{:>12}", row.engine, by, row.uses);
     }
     out

@@ -175,7 +175,7 @@ impl Core {
         let id = SessionId(self.next_session);
         self.watch(stream.as_raw_fd(), Source::Socket(id))?;
         tracing::debug!(device = %name, %gid, %group, "a front-end connected");
-        let port = Arc::new(Port::new(id, self.doorbell.clone()));
+        let port = Arc::new(Port::new(id, self.doorbell.clone(), numa.engine));
         self.gids.insert(gid);
         self.sessions.insert(id, Session::new(name, origin, peer, gid, group, limits, numa, port));
         self.queue(Work::Read(id));

@@ -11,7 +11,8 @@
 //! | [`cpu_node`] | workers of a NUMA node copy, each a share |
 //! | [`dsa`] | Intel's Data Streaming Accelerator copies |
 //! | [`calibrate`], [`cache`] | how fast each is here, by size and by node |
-//! | [`table`] | which one is the best, by size and by node |
+//! | [`table`] | which one is used, by size and by node |
+//! | [`trial`] | whether it is still the best |
 //! | [`set`] | the engines of a daemon, and of one of its movers |
 //!
 //! There is no engine for memory that the daemon has not mapped (`process_vm_writev`): whoever moves is a front-end, and a
@@ -25,6 +26,7 @@ pub mod dsa;
 mod ranges;
 pub mod set;
 pub mod table;
+mod trial;
 
 /// The most bytes that an engine is given before it is waited for: so long is what they lie in held.
 pub const STEP: usize = 1 << 20;

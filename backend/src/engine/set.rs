@@ -7,6 +7,7 @@ use super::cpu_node::NodePool;
 use super::dsa::host::{self, HostQueue};
 use super::dsa::{Accelerator, Counters};
 use super::table::{Chosen, Id, Kind, Measured, Rule, Table};
+use super::trial::{self, Trials};
 use super::{Engine, Run, cache};
 use crate::report::{EngineCost, EngineReport, EngineRow, EnginesReport};
 use crate::topology::{Node, NodeId, Topology};
@@ -79,7 +80,7 @@ impl EngineSet {
             .into_iter()
             .map(|(_, engine)| engine)
             .collect();
-        MoverEngines { cpu: self.cpu, others, table: self.table.clone(), uses }
+        MoverEngines::new(self.cpu, others, self.table.clone(), uses)
     }
 
     /// How things are.
@@ -104,6 +105,7 @@ impl EngineSet {
             engine: row.engine.to_string(),
             chosen_by: match row.chosen {
                 Chosen::Measured => "measurement".into(),
+                Chosen::Tried => "trial".into(),
                 Chosen::Configured => "configuration".into(),
             },
             uses: sum(&|uses| Uses::get(&uses.rows[row.number])),
@@ -243,9 +245,14 @@ impl Uses {
     }
 }
 
-/// An engine of a mover.
+/// Who does a move.
 #[derive(Debug, Clone, Copy)]
-pub struct Choice(usize);
+pub struct Choice {
+    /// A place in the table's engines.
+    engine: usize,
+    /// The row that it is timed for, and since when.
+    timed: Option<(usize, Instant)>,
+}
 
 /// The engines of one mover.
 pub struct MoverEngines {
@@ -253,10 +260,16 @@ pub struct MoverEngines {
     /// All of them, in the order of the table's; the first one is not used, because the CPU is asked directly.
     others: Vec<Box<dyn Engine>>,
     table: Arc<Table>,
+    trials: Trials,
     uses: Arc<Uses>,
 }
 
 impl MoverEngines {
+    fn new(cpu: CpuEngine, others: Vec<Box<dyn Engine>>, table: Arc<Table>, uses: Arc<Uses>) -> MoverEngines {
+        let trials = Trials::new(table.rows(), table.engines().len());
+        MoverEngines { cpu, others, table, trials, uses }
+    }
+
     /// The CPU, and nothing to choose.
     #[cfg(test)]
     pub fn cpu_only(plan: CopyPlan) -> MoverEngines {
@@ -270,20 +283,32 @@ impl MoverEngines {
         let rows = (0..super::table::CLASSES).map(row).collect();
         let table = Arc::new(Table::new(nodes, vec![Id::CPU], rows, &[]));
         let uses = Arc::new(Uses::new(&table));
-        MoverEngines { cpu: CpuEngine::new(plan), others: Vec::new(), table, uses }
+        MoverEngines::new(CpuEngine::new(plan), Vec::new(), table, uses)
     }
 
     /// This engine for everything, for tests.
     #[cfg(test)]
     pub fn only(engine: Box<dyn Engine>) -> MoverEngines {
-        let mut engines = MoverEngines::cpu_only(CopyPlan::default());
-        let other = Id::of_node(Kind::Dsa, NodeId::new(0).expect("a node"));
-        let rules = [Rule { at_least: 0, kind: Kind::Dsa }];
-        let (nodes, rows) = (vec![NodeId::new(0).expect("a node")], engines.table.measured().to_vec());
-        engines.table = Arc::new(Table::new(nodes, vec![Id::CPU, other], rows, &rules));
-        engines.uses = Arc::new(Uses::new(&engines.table));
-        engines.others = vec![Box::new(engines.cpu), engine];
-        engines
+        MoverEngines::beside_cpu(engine, &[Rule { at_least: 0, kind: Kind::Dsa }], |_| 1)
+    }
+
+    /// This engine beside the CPU; what a copy takes by either was measured to be this.
+    #[cfg(test)]
+    fn beside_cpu(engine: Box<dyn Engine>, rules: &[Rule], cost: impl Fn(Id) -> u64) -> MoverEngines {
+        let cpu = CpuEngine::new(CopyPlan::default());
+        let node = NodeId::new(0).expect("a node");
+        let engines = vec![Id::CPU, Id::of_node(Kind::Dsa, node)];
+        let costs = |id: &Id| super::table::Cost { engine: *id, nanoseconds: cost(*id) };
+        let row = |class| Measured {
+            source: 0,
+            destination: 0,
+            bytes: super::table::class_bytes(class) as u64,
+            costs: engines.iter().map(costs).collect(),
+        };
+        let rows = (0..super::table::CLASSES).map(row).collect();
+        let table = Arc::new(Table::new(vec![node], engines, rows, rules));
+        let uses = Arc::new(Uses::new(&table));
+        MoverEngines::new(cpu, vec![Box::new(cpu), engine], table, uses)
     }
 
     /// The CPU, for what is not worth choosing for.
@@ -292,12 +317,36 @@ impl MoverEngines {
         &self.cpu
     }
 
-    /// The engine that is the best for a move of `len` bytes.
+    /// Who does a move of `len` bytes: an engine of the kind that was `asked` for, if there is one, else the best.
     #[inline]
-    pub fn choose(&mut self, source: Option<NodeId>, destination: Option<NodeId>, len: usize) -> Choice {
+    pub fn choose(
+        &mut self,
+        asked: Option<Kind>,
+        source: Option<NodeId>,
+        destination: Option<NodeId>,
+        len: usize,
+    ) -> Choice {
         let row = self.table.row(self.table.route(source, destination), len);
         Uses::add(&self.uses.rows[row], 1);
-        Choice(self.table.choice(row))
+        if let Some(engine) = asked.and_then(|kind| self.table.nearest(kind, row)) {
+            return Choice { engine, timed: None };
+        }
+        let used = self.table.choice(row);
+        if len < trial::LEAST || !self.table.is_open(row) {
+            return Choice { engine: used, timed: None };
+        }
+        let turn = self.trials.next(row, used);
+        Choice { engine: turn.engine, timed: turn.timed.then(|| (row, Instant::now())) }
+    }
+
+    /// All `len` bytes of a move are copied.
+    #[inline]
+    pub fn done(&mut self, choice: Choice, len: usize) {
+        if let Some((row, since)) = choice.timed
+            && let Some(better) = self.trials.done(row, len, since.elapsed())
+        {
+            self.table.choose(row, better);
+        }
     }
 
     /// Copies all runs, `len` bytes together. They are visible when this returns.
@@ -306,7 +355,8 @@ impl MoverEngines {
     ///
     /// As for [`Engine::submit`], until this returns.
     #[inline]
-    pub unsafe fn copy(&mut self, Choice(choice): Choice, runs: &[Run], len: usize) {
+    pub unsafe fn copy(&mut self, choice: Choice, runs: &[Run], len: usize) {
+        let choice = choice.engine;
         Uses::add(&self.uses.copies[choice], 1);
         Uses::add(&self.uses.bytes[choice], len as u64);
         if choice == 0 {
@@ -336,11 +386,57 @@ mod tests {
     fn copy(engines: &mut MoverEngines, len: usize) {
         let source: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
         let mut target = vec![0; len];
-        let choice = engines.choose(None, None, len);
+        let choice = engines.choose(None, None, None, len);
         let run = Run { src: source.as_ptr(), dst: target.as_mut_ptr(), len };
         // SAFETY: both are this function's own.
         unsafe { engines.copy(choice, &[run], len) };
+        engines.done(choice, len);
         assert!(target == source);
+    }
+
+    /// Copies everything many times over.
+    struct Slow(CpuEngine);
+
+    impl Engine for Slow {
+        unsafe fn submit(&mut self, runs: &[Run]) {
+            for _ in 0..50 {
+                // SAFETY: the caller's promise.
+                unsafe { self.0.submit(runs) };
+            }
+        }
+
+        fn poll(&mut self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn an_engine_that_was_measured_to_be_fast_and_is_not_is_used_no_more() {
+        let slow = Slow(CpuEngine::new(CopyPlan::default()));
+        let cost = |id| if id == Id::CPU { 100 } else { 1 };
+        let mut engines = MoverEngines::beside_cpu(Box::new(slow), &[], cost);
+        let len = trial::LEAST;
+        let row = engines.table.row(engines.table.route(None, None), len);
+        assert_eq!(engines.table.choice(row), 1);
+        while engines.table.choice(row) != 0 {
+            copy(&mut engines, len);
+        }
+        assert_eq!(engines.table.iter().nth(row).unwrap().chosen, Chosen::Tried);
+        // Smaller ones are as they were measured.
+        assert_eq!(engines.choose(None, None, None, len - 1).engine, 1);
+    }
+
+    #[test]
+    fn who_asks_for_an_engine_gets_it_if_it_is_there() {
+        let other = Box::new(CpuEngine::new(CopyPlan::default()));
+        let mut engines = MoverEngines::beside_cpu(other, &[], |id| if id == Id::CPU { 1 } else { 100 });
+        for len in [64, 1 << 20] {
+            let mut engine = |kind| engines.choose(kind, None, None, len).engine;
+            assert_eq!(
+                [None, Some(Kind::Cpu), Some(Kind::Dsa), Some(Kind::CpuNode)].map(&mut engine),
+                [0, 0, 1, 0]
+            );
+        }
     }
 
     #[test]

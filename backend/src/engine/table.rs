@@ -1,9 +1,11 @@
-//! Which engine copies, by size and by the nodes of source and destination: what was measured, or what is configured.
+//! Which engine copies, by size and by the nodes of source and destination: what was measured, what trials showed since, or
+//! what is configured.
 
 use crate::topology::NodeId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Number of sizes that the table tells apart.
 pub const CLASSES: usize = 10;
@@ -11,7 +13,7 @@ pub const CLASSES: usize = 10;
 pub const FIRST: usize = 64;
 /// An engine that takes more than the CPU that asks has to be faster by more than this: a copy in less than this share of
 /// its time.
-const WORTHWHILE: f64 = 0.95;
+pub(super) const WORTHWHILE: f64 = 0.97;
 
 /// The size of a class, in bytes.
 pub fn class_bytes(class: usize) -> usize {
@@ -139,8 +141,10 @@ pub struct Route(u16);
 /// Who decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chosen {
-    /// The measurement.
+    /// The measurement at start.
     Measured,
+    /// Trials since.
+    Tried,
     /// The configuration.
     Configured,
 }
@@ -164,8 +168,9 @@ pub struct Table {
     nodes: Vec<NodeId>,
     engines: Vec<Id>,
     measured: Vec<Measured>,
-    /// By row: a place in `engines`.
-    choices: Vec<u8>,
+    /// By row: a place in `engines`. Movers change it.
+    choices: Vec<AtomicU8>,
+    /// By row that was measured: who decided at start.
     chosen: Vec<Chosen>,
 }
 
@@ -180,23 +185,28 @@ impl Table {
                 rules.iter().filter(|rule| rule.at_least <= row.bytes).max_by_key(|rule| rule.at_least);
             let configured = rule.and_then(|rule| table.find(rule.kind, &row));
             let choice = configured.or_else(|| table.position(row.best())).unwrap_or(0);
-            table.choices.push(choice);
+            table.choices.push(AtomicU8::new(choice as u8));
             table.chosen.push(if configured.is_some() { Chosen::Configured } else { Chosen::Measured });
             table.measured.push(row);
         }
         // Of a source or a destination whose node nobody knows: the CPU that asks.
-        table.choices.extend([0; CLASSES]);
+        table.choices.extend([const { AtomicU8::new(0) }; CLASSES]);
         table
     }
 
     /// The engine of this kind that is nearest.
-    fn find(&self, kind: Kind, row: &Measured) -> Option<u8> {
+    fn find(&self, kind: Kind, row: &Measured) -> Option<usize> {
         let at = |node: Option<u32>| self.position(Id { kind, node });
         at(Some(row.destination)).or_else(|| at(Some(row.source))).or_else(|| at(None))
     }
 
-    fn position(&self, engine: Id) -> Option<u8> {
-        self.engines.iter().position(|id| *id == engine).map(|at| at as u8)
+    fn position(&self, engine: Id) -> Option<usize> {
+        self.engines.iter().position(|id| *id == engine)
+    }
+
+    /// The engine of this kind that is nearest to what a row is about.
+    pub fn nearest(&self, kind: Kind, row: usize) -> Option<usize> {
+        self.find(kind, self.measured.get(row)?)
     }
 
     /// Number of rows, that of unknown nodes included.
@@ -233,7 +243,18 @@ impl Table {
     /// Which engine a row names: a place in [`engines`](Self::engines).
     #[inline]
     pub fn choice(&self, row: usize) -> usize {
-        usize::from(self.choices[row])
+        usize::from(self.choices[row].load(Ordering::Relaxed))
+    }
+
+    /// Whether trials have a say in a row.
+    #[inline]
+    pub fn is_open(&self, row: usize) -> bool {
+        self.engines.len() > 1 && self.chosen.get(row) == Some(&Chosen::Measured)
+    }
+
+    /// Names another engine for a row: trials showed that it is faster.
+    pub fn choose(&self, row: usize, engine: usize) {
+        self.choices[row].store(engine as u8, Ordering::Relaxed);
     }
 
     /// What was measured.
@@ -246,7 +267,10 @@ impl Table {
         self.measured.iter().enumerate().map(|(number, measured)| Row {
             measured,
             engine: self.engines[self.choice(number)],
-            chosen: self.chosen[number],
+            chosen: match self.chosen[number] {
+                Chosen::Measured if self.engines[self.choice(number)] != measured.best() => Chosen::Tried,
+                chosen => chosen,
+            },
             number,
         })
     }
@@ -292,7 +316,7 @@ mod tests {
             |_, _, class, engine| match (engine.kind, class) {
                 (Kind::Cpu, _) => 1000,
                 (_, 7) => 500,
-                (_, 6) => 960,
+                (_, 6) => 975,
                 _ => 4000,
             },
             &[Id::CPU, far],

@@ -47,7 +47,7 @@ impl World {
 
     fn join_with(&mut self, group: &str, capabilities: Capabilities, limits: Limits) -> DeviceId {
         let (doorbell, _inbox) = doorbell::pair().unwrap();
-        let port = Arc::new(Port::new(SessionId(self.next_gid), doorbell));
+        let port = Arc::new(Port::new(SessionId(self.next_gid), doorbell, None));
         let gid = Gid::from_u64(self.next_gid);
         self.next_gid += 1;
         let numa = NumaSettings::default();

@@ -6,6 +6,7 @@
 pub mod locate;
 pub mod pages;
 
+use crate::engine::table::Kind;
 use crate::topology::{NodeId, Topology};
 use locate::Whereabouts;
 use pages::Policy;
@@ -36,13 +37,15 @@ impl fmt::Display for Placement {
     }
 }
 
-/// What is configured of one device's place.
+/// What is configured of one device's place, and of who copies from there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct NumaSettings {
     /// Its node; learned if none is given.
     pub node: Option<NodeId>,
     /// Where extents that it owns are to lie; as in the pool's settings if nothing is given.
     pub placement: Option<Placement>,
+    /// What copies its moves, if there is such an engine; what is fastest if nothing is given.
+    pub engine: Option<Kind>,
 }
 
 impl Placement {

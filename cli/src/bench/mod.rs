@@ -37,7 +37,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use self::case::patterns;
-use crate::daemon::Daemon;
+use crate::daemon::{self, Daemon};
 use crate::process::find_program;
 use crate::scratch::Scratch;
 use crate::usage::usage;
@@ -236,8 +236,6 @@ struct Bench {
     vms: Option<Vms>,
     scratch: Scratch,
     daemon: Option<Daemon>,
-    /// Daemons that copy by one engine only.
-    engines: Vec<(&'static str, Daemon)>,
     rounds: u32,
     duration: Duration,
     cpus: [usize; 2],
@@ -254,12 +252,9 @@ impl Bench {
     ) -> Result<Bench> {
         let used: HashSet<Transport> =
             lines.iter().flat_map(|line| line.transports.iter().copied()).collect();
-        let ours =
-            used.iter().any(|t| t.is_ours() && t.engine().is_none()) || args.cases.contains(&Case::Patterns);
-        let daemon = (ours && vms.is_none()).then(|| Daemon::start(&scratch)).transpose()?;
-        let engines = used.iter().filter_map(|transport| transport.engine());
-        let engines = engines.map(|engine| Ok((engine, Daemon::with_engine(&scratch, engine)?)));
-        let engines = engines.collect::<Result<_>>()?;
+        let ours = used.iter().any(|t| t.is_ours()) || args.cases.contains(&Case::Patterns);
+        let engines: Vec<_> = used.iter().filter_map(|transport| transport.engine()).collect();
+        let daemon = (ours && vms.is_none()).then(|| Daemon::with_engines(&scratch, &engines)).transpose()?;
         let [quick, thorough] = match &vms {
             Some(_) => [50, 1000],
             None => [20, 300],
@@ -268,7 +263,6 @@ impl Bench {
             vms,
             scratch,
             daemon,
-            engines,
             rounds: args.rounds,
             duration: Duration::from_millis(if args.quick { quick } else { thorough }),
             cpus: machine.cpus_used,
@@ -311,15 +305,6 @@ impl Bench {
         Ok(())
     }
 
-    /// The hub of the daemon that a transport needs.
-    fn hub(&self, transport: Transport) -> Option<&Path> {
-        let of_engine = || {
-            let mut engines = self.engines.iter();
-            engines.find(|(engine, _)| transport.engine() == Some(engine)).map(|(_, daemon)| daemon)
-        };
-        of_engine().or(self.daemon.as_ref()).map(Daemon::hub)
-    }
-
     /// Measures patterns of several processes, all ways in turn, round by round.
     fn patterns(&mut self, run: &mut Run, transports: &[Transport]) -> Result<()> {
         let Some(hub) = self.daemon.as_ref().map(|daemon| daemon.hub().to_owned()) else { return Ok(()) };
@@ -357,7 +342,6 @@ impl Bench {
     fn scale(&mut self, run: &mut Run) -> Result<()> {
         // Nothing else shall run beside them.
         self.daemon = None;
-        self.engines.clear();
         for count in case::scale::DEVICES {
             self.progress.show(&format!("scale, {count} devices"));
             let what = || format!("scale with {count} devices");
@@ -390,7 +374,8 @@ impl Bench {
                 None => Site::Host {
                     cpus: self.cpus,
                     folder: self.scratch.path().to_owned(),
-                    hub: self.hub(transport).map(Path::to_owned),
+                    hub: self.daemon.as_ref().map(|daemon| daemon.hub().to_owned()),
+                    sender: transport.engine().map(|engine| daemon::engine_socket(&self.scratch, engine)),
                 },
             },
             ring,

@@ -133,9 +133,9 @@ pub enum Transport {
     DmbridgeMessage,
     /// Messages directly from buffer to buffer (CMA), both processes copying
     DmbridgeDirect,
-    /// As dmbridge-move, with a daemon whose mover copies everything by itself
+    /// As dmbridge-move, of a device whose moves the daemon's mover copies by itself
     EngineCpu,
-    /// As dmbridge-move, with a daemon whose workers copy everything
+    /// As dmbridge-move, of a device whose moves the daemon's workers copy
     EngineCpuNode,
     /// TCP with TCP_NODELAY: over the loopback interface; with --vms over virtio-net
     Tcp,
@@ -181,6 +181,8 @@ pub enum Site {
         folder: PathBuf,
         /// The daemon's hub.
         hub: Option<PathBuf>,
+        /// Where A's device comes from instead, if it has to be another one.
+        sender: Option<PathBuf>,
     },
     /// In two virtual machines, each with a device on its PCI bus.
     Vms {
@@ -381,7 +383,7 @@ impl Transport {
         )
     }
 
-    /// The only engine of the daemon that it needs for itself, if it does.
+    /// The engine of the daemon that it is about, if it is about one.
     pub fn engine(self) -> Option<&'static str> {
         match self {
             Transport::EngineCpu => Some("cpu"),

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use crate::bench::measurement::Worker;
 use crate::bench::plan::{Job, Site, Transport, Wait, Work};
+use crate::pair::Role;
 
 /// Size of each DMB of a stream.
 const DMB: usize = 4 << 20;
@@ -38,8 +39,9 @@ fn connect(worker: &Worker, can_map: bool, size: usize) -> Result<Ends> {
         builder = builder.spin(spin);
     }
     let device = match &job.site {
-        Site::Host { hub, .. } => {
-            builder.connect(hub.as_ref().context("there is no daemon to connect to")?)?
+        Site::Host { hub, sender, .. } => {
+            let own = sender.as_ref().filter(|_| worker.role == Role::A).or(hub.as_ref());
+            builder.connect(own.context("there is no daemon to connect to")?)?
         }
         Site::Vms { .. } if job.transport == Transport::Chardev => {
             let file = dmbridge::file::find().into_iter().next();
