@@ -1,9 +1,13 @@
 //! `dmbridge-run` between network namespaces of this host: connections move where both sides name the same network, and
 //! networks with equal addresses are not taken for one.
 
+use dmbridge::{Device, Event, Gid, Token};
 use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::namespaces::{Namespace, joined};
 use dmbridge_tests::preload::{Ran, Way, daemon};
+use sha2::{Digest, Sha256};
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
 
 const SERVER: &str = "10.99.0.1";
 const CLIENT: &str = "10.99.0.2";
@@ -12,9 +16,9 @@ const PORT: u16 = 5300;
 const UNTIL_MOVED: &str = "ask-until-moved";
 
 /// A server that answers requests of all sizes with what it was asked and who it is, and a client that checks that: some
-/// hundred times, or until what it asks does not go over TCP any more.
+/// hundred times, until what it asks does not go over TCP any more, or until there is a file.
 const SCRIPT: &str = r#"
-import random, socket, struct, sys
+import os, random, socket, struct, sys
 who, role, server, port = sys.argv[1:5]
 port = int(port)
 def whole(s, n):
@@ -41,11 +45,11 @@ else:
     def acked():
         return struct.unpack_from('Q', s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128), 120)[0]
     for i in range(400): ask()
-    moved = role != 'ask-until-moved'
-    while not moved:
+    done = role == 'ask'
+    while not done:
         before = acked()
         asked = sum(ask() for i in range(50))
-        moved = (acked() - before) * 10 < asked
+        done = os.path.exists(role) if '/' in role else (acked() - before) * 10 < asked
     print('all answers are right')
 "#;
 
@@ -125,4 +129,84 @@ fn connections_inside_a_namespace_move_and_are_not_taken_for_those_of_another_on
             both_moved(&thread.join().expect("all answers are right"));
         }
     });
+}
+
+/// A device of the same group that knows the network's name and a connection's addresses, and says to be its server.
+struct Liar(Device);
+
+impl Liar {
+    /// The key of the connection between the two addresses of a pair.
+    fn key(network: &str) -> [u8; 32] {
+        let end = |last: u8, port: u16| {
+            let mut end = [0; 18];
+            end[..4].copy_from_slice(&[10, 99, 0, last]);
+            end[16..].copy_from_slice(&port.to_le_bytes());
+            end
+        };
+        Sha256::new_with_prefix(b"dmbridge-run, by addresses\0")
+            .chain_update((network.len() as u64).to_le_bytes())
+            .chain_update(network)
+            .chain_update([2, 6])
+            .chain_update(end(1, PORT))
+            .chain_update(end(2, PORT + 1))
+            .finalize()
+            .into()
+    }
+
+    fn event(&self) -> Event {
+        self.0.events().next(Some(Duration::from_secs(60))).expect("a device").expect("an event")
+    }
+
+    /// What somebody says who has the key, or comes with it.
+    fn meet(&self, key: [u8; 32], words: [u8; 32]) -> (Gid, [u8; 32]) {
+        self.0.rendezvous(key, 1, words).expect("a device").unwrap_or_else(|| match self.event() {
+            Event::Rendezvous { gid, payload, .. } => (gid, payload),
+            other => panic!("{other:?}"),
+        })
+    }
+
+    /// Says to be a server that has received so many bytes, and has sent as many. Returns when it was not believed.
+    fn lie(&self, key: [u8; 32], bytes: u64) {
+        let mut hello = [0; 32];
+        hello[..2].copy_from_slice(&[2, 1]);
+        let (gid, theirs) = self.meet(key, hello);
+        let offers = Sha256::new_with_prefix(b"dmbridge-run, offers\0").chain_update(key);
+        let offers = offers.chain_update(&hello[8..24]).chain_update(&theirs[8..24]).finalize();
+        let dmb = self.0.register(gid, 1 << 20).expect("a DMB");
+        let mut offer = [0; 32];
+        offer[..8].copy_from_slice(&dmb.token().to_bits().to_le_bytes());
+        offer[8..16].copy_from_slice(&bytes.to_le_bytes());
+        offer[16..24].copy_from_slice(&bytes.to_le_bytes());
+        let (_, theirs) = self.meet(offers.into(), offer);
+        let token = u64::from_le_bytes(theirs[..8].try_into().expect("eight bytes"));
+        match self.0.attach(Token::from_bits(token)) {
+            Ok(_attached) => while !matches!(self.event(), Event::DmbUnregistered { .. }) {},
+            Err(error) => assert_eq!(error.status().map(|s| format!("{s:?}")).as_deref(), Some("NoEntry")),
+        }
+    }
+}
+
+#[test]
+fn who_only_says_to_be_the_other_end_keeps_a_connection_tcp() {
+    let daemon = daemon();
+    for bytes in [0, 1 << 40] {
+        let liar = Liar(Device::connect(daemon.hub()).expect("a device"));
+        let [a, b] = joined([SERVER, CLIENT]);
+        let was_not_believed = daemon.path(&format!("not-believed-{bytes}"));
+        let file = was_not_believed.to_str().expect("a plain name");
+        let [client, server] = std::thread::scope(|scope| {
+            let lying = scope.spawn(|| {
+                let lied =
+                    std::panic::catch_unwind(AssertUnwindSafe(|| liar.lie(Liar::key("cables"), bytes)));
+                std::fs::write(&was_not_believed, "").expect("a file");
+                lied.expect("somebody listens to lies");
+            });
+            let (server, client) = (Way::Within(&daemon, &a, ""), Way::Within(&daemon, &b, "cables"));
+            let ran = ask("one", file, SERVER, server, client);
+            lying.join().expect("the liar is not believed");
+            ran
+        });
+        assert_eq!((client.moved(), server.moved()), (0, 0));
+        assert_eq!(client.counter("who said to be the other end is not"), 1, "{}", client.err);
+    }
 }

@@ -208,6 +208,10 @@ fn a_program_of_the_host_and_one_of_a_guest_meet() {
     assert!(guest.refused(&format!("attach {token}")).contains("NotSupported"));
     let sender = guest.sender("open", &token);
     guest.ask(&format!("write {sender} 0 by a move"));
+    let private = host.ask(&format!("register-private {} 4096", guest.gid()));
+    let sender = guest.sender("attach", private["tokens"][0].as_str().expect("a token"));
+    guest.ask(&format!("write {sender} 0 by a store"));
+    assert_eq!(host.ask(&format!("read {} 0 10", private["dmb"]))["text"], "by a store");
 }
 
 #[test]

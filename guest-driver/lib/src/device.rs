@@ -265,10 +265,26 @@ impl Device {
     ///
     /// [`Error::Refused`] with the device's reason, see `docs/device.md`, 6.2.
     pub fn register(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {
+        self.register_at(peer, size, Home::Pool)
+    }
+
+    /// As [`register`](Self::register), with a control line that is alone in its page, where the device has that. For a peer that
+    /// may be a program in a virtual machine: by the kernel module's character device it can attach no other DMB, unless that
+    /// has 512 KiB or more.
+    ///
+    /// # Errors
+    ///
+    /// As for [`register`](Self::register).
+    pub fn register_with_private_line(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {
+        let can = self.core.features.contains(Features::PRIVATE_LINE);
+        self.register_at(peer, size, if can { Home::PoolPrivate } else { Home::Pool })
+    }
+
+    fn register_at(&self, peer: Gid, size: usize, home: Home<'_>) -> Result<Dmb, Error> {
         if !self.can_map() {
             return self.register_ram(peer, size);
         }
-        match self.register_in_pool(peer, size) {
+        match self.register_mapped(peer, size, home) {
             Err(Error::Refused { status: Status::NoSpace, .. }) => self.register_ram(peer, size),
             result => result,
         }
@@ -276,7 +292,11 @@ impl Device {
 
     /// As [`register`](Self::register), in the pool only.
     pub(crate) fn register_in_pool(&self, peer: Gid, size: usize) -> Result<Dmb, Error> {
-        let (state, memory) = self.core.register(peer, size, Home::Pool, |core, reply| {
+        self.register_mapped(peer, size, Home::Pool)
+    }
+
+    fn register_mapped(&self, peer: Gid, size: usize, home: Home<'_>) -> Result<Dmb, Error> {
+        let (state, memory) = self.core.register(peer, size, home, |core, reply| {
             let line = core.window_line(reply.line_offset)?;
             Ok((core.window(reply.offset, size as u64)?, line))
         })?;

@@ -35,6 +35,8 @@ pub struct Name {
     pub key: Key,
     /// Of the two ends, this is the one whose cookie or address is the lower one.
     pub lower: bool,
+    /// Both are in one network namespace, so of one kernel.
+    pub is_here: bool,
 }
 
 const SO_COOKIE: c_int = 57;
@@ -81,7 +83,11 @@ impl Identity {
             .chain_update(namespace.to_le_bytes())
             .chain_update(self.cookie.min(other).to_le_bytes())
             .chain_update(self.cookie.max(other).to_le_bytes());
-        (self.cookie != other).then(|| Name { key: hash.finalize().into(), lower: self.cookie < other })
+        (self.cookie != other).then(|| Name {
+            key: hash.finalize().into(),
+            lower: self.cookie < other,
+            is_here: true,
+        })
     }
 
     fn name_in(&self, network: &str) -> Option<Name> {
@@ -98,7 +104,7 @@ impl Identity {
         for (address, port) in [first, second] {
             hash = hash.chain_update(address).chain_update(port.to_le_bytes());
         }
-        Some(Name { key: hash.finalize().into(), lower })
+        Some(Name { key: hash.finalize().into(), lower, is_here: false })
     }
 
     /// Whether an address means something on one machine or link only.

@@ -42,6 +42,11 @@ impl Hello {
         Hello { name, number }
     }
 
+    /// Whether both are of one kernel.
+    pub fn is_here(&self) -> bool {
+        self.name.is_here
+    }
+
     /// The key of this turn.
     pub fn key(&self) -> Key {
         self.name.key

@@ -446,9 +446,13 @@ impl Worker {
         };
         // If this end is not open any more, who came belongs to a later connection with its addresses.
         let size = SIZE + if meeting.large { LARGE } else { SMALL };
+        let register = |peer, size| match meeting.hello.is_here() {
+            true => device.register(peer, size),
+            false => device.register_with_private_line(peer, size),
+        };
         let ring = match meeting.connection() {
             None => Err(None),
-            Some((_, counts)) => match device.register(gid, size) {
+            Some((_, counts)) => match register(gid, size) {
                 Ok(dmb) if dmb.peer_can_map() => Ok((dmb, counts)),
                 Ok(_) => Err(Some(&stats::get().unmapped)),
                 Err(error) => {

@@ -9,6 +9,7 @@
 //! | --- | --- |
 //! | `query GID` | |
 //! | `register GID SIZE [COUNT]` | DMBs; they are numbered from 0 on |
+//! | `register-private GID SIZE` | one whose control line is alone in its page |
 //! | `register-ram GID SIZE` | a DMB in this process's memory |
 //! | `attach TOKEN …`, `move TOKEN …`, `open TOKEN …` | senders by mapping, by moves, or by what works, numbered from 0 on |
 //! | `write SENDER OFFSET TEXT`, `signal SENDER MASK` | |
@@ -151,7 +152,7 @@ impl Driven {
                     json!({ "there": peer.is_some(), "map": peer.is_some_and(|p| p.map), "futex": peer.is_some_and(|p| p.futex) }),
                 )
             }
-            "register" | "register-ram" => self.register(command, words),
+            "register" | "register-private" | "register-ram" => self.register(command, words),
             "attach" | "move" | "open" => self.open_senders(command, words),
             "write" => {
                 let offset = word(words, 1, "the offset")?;
@@ -241,10 +242,10 @@ impl Driven {
         let count = if words.len() > 2 { word(words, 2, "the number of DMBs")? } else { 1 };
         let first = self.dmbs.len();
         for _ in 0..count {
-            let dmb = if command == "register" {
-                self.device.register(peer, size)
-            } else {
-                self.device.register_ram(peer, size)
+            let dmb = match command {
+                "register" => self.device.register(peer, size),
+                "register-private" => self.device.register_with_private_line(peer, size),
+                _ => self.device.register_ram(peer, size),
             };
             self.dmbs.push(Some(dmb?));
         }
