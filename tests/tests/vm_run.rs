@@ -3,7 +3,8 @@
 
 use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::deadline::until;
-use dmbridge_tests::preload::{Ran, runner};
+use dmbridge_tests::namespaces::joined_to_guest;
+use dmbridge_tests::preload::{self, Ran, runner};
 use dmbridge_tests::vm::image::provisioned;
 use dmbridge_tests::vm::kernel::{
     MODULE, address, assert_kernel_is_content, module, network, set_up_network,
@@ -25,7 +26,14 @@ socket = "@/a.sock"
 [[device]]
 name = "b"
 socket = "@/b.sock"
+[hub]
+socket = "@/hub.sock"
+[[hub.rule]]
+group = "default"
 "#;
+/// Addresses of the host and of a guest on a network of theirs, and what the guest's hardware address there starts with.
+const HOST: [&str; 2] = ["10.78.0.1", "10.78.0.2"];
+const HOST_NETWORK: &str = "52:54:00:78";
 
 struct Setup {
     daemon: TestDaemon,
@@ -39,7 +47,12 @@ fn setup() -> Lent<'static, Setup> {
         let daemon = TestDaemon::start_with(&[], CONFIGURATION);
         let start = |number: usize, name: &str| {
             let options = VmOptions::with_programs(name).device(&daemon.path(&format!("{name}.sock")));
-            network(options, number, &daemon.path("network")).start()
+            let options = network(options, number, &daemon.path("network"));
+            let host = daemon.path(&format!("host-{name}")).display().to_string();
+            options
+                .qemu("-netdev", &format!("stream,id=host,reconnect-ms=100,addr.type=unix,addr.path={host}"))
+                .qemu("-device", &format!("virtio-net-pci,netdev=host,mac={HOST_NETWORK}:00:01,romfile="))
+                .start()
         };
         let (a, b) = (start(0, "a"), start(1, "b"));
         for (number, vm) in [&a, &b].into_iter().enumerate() {
@@ -265,4 +278,25 @@ fn guests_that_cannot_map_stay_with_tcp_and_say_so() {
         ["one of the two ends cannot map memory of the other", "the other end could not, and counts why"];
     assert!(client.counter(why[0]) > 0, "{}", client.err);
     assert!(why.iter().any(|why| server.counter(why) > 0), "{}", server.err);
+}
+
+#[test]
+fn a_program_of_the_host_and_one_of_a_guest_meet() {
+    let setup = setup();
+    let namespace = joined_to_guest(HOST[0], &setup.daemon.path("host-a"));
+    setup.a.shell(&format!(
+        "device=$(cd /sys/class/net; grep -l ^{HOST_NETWORK} */address); device=${{device%/address}}
+        ip addr add {}/24 dev $device; ip link set $device up
+        until ping -c 1 -W 1 {} >/dev/null; do :; done",
+        HOST[1], HOST[0]
+    ));
+    let way = preload::Way::Within(&setup.daemon, &namespace, "guests");
+    for how in ["", "-R"] {
+        let mut server = way.serve("iperf3", &["-s", "-1", "-p", "5331"], 5331);
+        let words = format!("iperf3 -c {} -p 5331 -n {} {how}", HOST[0], 128 << 20);
+        for ran in [Way::Dmbridge.run(&setup.a, &words), server.finish()] {
+            assert!(ran.moved() >= 32 << 20, "{how}: {}", ran.err);
+        }
+    }
+    assert_kernel_is_content(&setup.a);
 }
