@@ -17,6 +17,8 @@ const SYSFS: &str = "/sys/bus/dsa/devices";
 const DEV: &str = "/dev/dsa";
 /// Queues of this name (`accel-config config-wq --name`) are meant for this daemon.
 pub const NAME: &str = "dmbridge";
+/// A queue whose descriptors move fewer bytes than this is of no use.
+const LEAST: u64 = 4096;
 const PORTAL: usize = 4096;
 
 /// A queue that can be used, as sysfs describes it.
@@ -69,7 +71,11 @@ fn look(sysfs: &Path, queue: String) -> Option<Found> {
         size: of("size")?.parse().ok().filter(|size| *size != 0)?,
         limits: Limits {
             // More than a descriptor can say is as good as its most.
-            max_transfer: of("max_transfer_size")?.parse::<u64>().ok()?.min(1 << 31) as u32,
+            max_transfer: of("max_transfer_size")?
+                .parse::<u64>()
+                .ok()
+                .filter(|size| *size >= LEAST)?
+                .min(1 << 31) as u32,
             max_batch: of("max_batch_size").and_then(|size| size.parse().ok()).unwrap_or(1),
         },
         queue,
@@ -306,6 +312,7 @@ mod tests {
         queue("wq0.1", &but("state", "disabled"));
         queue("wq0.2", &but("type", "kernel"));
         queue("wq0.3", &but("size", "0"));
+        queue("wq0.4", &but("max_transfer_size", "2048"));
         queue("wq2.0", &but("mode", "dedicated"));
         queue("wq9", &usual);
         let found = find_in(sysfs.path());

@@ -3,8 +3,10 @@
 //!
 //! The accelerator uses this process's addresses. It does not wait for pages that are not there, but stops: then the CPU
 //! does the rest, which also lets memory that vanished be noticed. The CPU does everything else that the accelerator does
-//! not do as well: what is short, the parts of cache lines at both ends (so that no word is ever torn), what the queue has
-//! no room for, and whatever ended in an error. So a copy never fails, and whoever asks never sees a difference.
+//! not do as well: what is short, what would tear a word of the destination (the parts of cache lines at both ends, and what
+//! lies at another offset in its words at the source: where a page of it ends and the next one is missing, half a word is
+//! done), what the queue has no room for, and whatever ended in an error. So a copy never fails, and whoever asks never sees a
+//! difference.
 
 pub mod descriptor;
 pub mod host;
@@ -27,6 +29,8 @@ use std::time::{Duration, Instant};
 const SHORT: usize = 4096;
 /// The accelerator writes whole cache lines.
 const LINE: usize = 64;
+/// What is never torn.
+const WORD: usize = 8;
 /// How often a full queue is asked again before the CPU copies.
 const TRIES: usize = 256;
 /// A queue that has not done its work after this long is given up. It moves a gigabyte in that time.
@@ -105,6 +109,10 @@ pub struct DsaEngine {
 unsafe impl Send for DsaEngine {}
 
 impl DsaEngine {
+    fn is_lost(&self) -> bool {
+        self.accelerator.counters.lost.load(Ordering::Relaxed) != 0
+    }
+
     /// The part of a run that the accelerator is for, in pieces; the rest is copied.
     ///
     /// # Safety
@@ -113,15 +121,17 @@ impl DsaEngine {
     unsafe fn take(&mut self, run: &Run) {
         let head = run.dst.align_offset(LINE).min(run.len);
         let body = (run.len - head) / LINE * LINE;
-        let (head, body) = if body < SHORT { (run.len, 0) } else { (head, body) };
+        let words_apart = !run.src.addr().wrapping_sub(run.dst.addr()).is_multiple_of(WORD);
+        let (head, body) =
+            if body < SHORT || words_apart || self.is_lost() { (run.len, 0) } else { (head, body) };
         // SAFETY: the caller's promise; the parts lie in the run.
         unsafe {
             self.copy(part(run, 0..head));
             self.copy(part(run, head + body..run.len));
         }
-        let most = self.accelerator.queue.limits().max_transfer as usize / LINE * LINE;
-        for start in (0..body).step_by(most.max(LINE)) {
-            let end = (start + most.max(LINE)).min(body);
+        let most = (self.accelerator.queue.limits().max_transfer as usize / LINE * LINE).max(LINE);
+        for start in (0..body).step_by(most) {
+            let end = (start + most).min(body);
             self.pieces.push(part(run, head + start..head + end));
         }
     }

@@ -26,12 +26,15 @@ pub(crate) fn faulty() -> Box<dyn Engine> {
     Box::new(engine(limits, 4, Behaviour { fault, error, ..Behaviour::default() }))
 }
 
-/// Copies runs of these lengths to these offsets, several times, and looks at every byte.
+/// Copies runs of these lengths to several offsets, and looks at every byte. The words of both ends are the same except in the
+/// last round.
 fn check(engine: &mut DsaEngine, lens: &[usize]) {
-    for round in 0..4 {
+    for (round, apart) in [0, 8, 16, 3].into_iter().enumerate() {
         let total: usize = lens.iter().sum();
         let source: Vec<u8> = (0..total).map(|i| (i * 13 + i / 4096 + round) as u8).collect();
         let mut target = vec![0xaau8; total + 128];
+        let word = |address: usize| address % WORD;
+        let round = apart + (WORD + word(source.as_ptr().addr()) - word(target.as_ptr().addr())) % WORD;
         let to = target.as_mut_ptr();
         let mut at = 0;
         let run = |len: &usize| {
@@ -98,6 +101,28 @@ fn a_queue_that_hangs_is_given_up_and_never_writes_again() {
         check(&mut engine, &[1 << 20]);
         assert_eq!(engine.accelerator.counters.lost.load(Ordering::Relaxed), 1);
         check(&mut engine, &[1 << 20, 100_000]);
+        assert_eq!(engine.accelerator.counters.busy.load(Ordering::Relaxed), 0, "it is asked no more");
+    }
+}
+
+#[test]
+fn what_could_tear_a_word_is_not_given_to_it() {
+    // It errs at everything that it is given.
+    let always = || Behaviour { error: Box::new(|| Some(0x16)), ..Behaviour::default() };
+    let source = vec![1u64; 2048];
+    let mut target = vec![0u64; 2048];
+    for (src, dst, given) in [(0, 0, true), (8, 64, true), (5, 13, true), (1, 0, false), (0, 68, false)] {
+        let mut engine = engine(LIMITS, ROOM, always());
+        let run = Run {
+            src: source.as_ptr().cast::<u8>().wrapping_add(src),
+            dst: target.as_mut_ptr().cast::<u8>().wrapping_add(dst),
+            len: 12 << 10,
+        };
+        // SAFETY: both buffers live until the engine is done.
+        unsafe { engine.submit(&[run]) };
+        engine.finish();
+        let errors = engine.accelerator.counters.errors.load(Ordering::Relaxed);
+        assert_eq!(errors != 0, given, "from {src} to {dst}");
     }
 }
 
