@@ -3,6 +3,7 @@
 //! A queue belongs to one mover. The mover holds the queue's ring while it does one move; a copy goes in steps, and
 //! holds what it reads and writes only for a step. So whoever ends a queue, a DMB or a memory table waits for one step.
 
+use crate::engine::cpu::CpuEngine;
 use crate::engine::set::{Choice, MoverEngines};
 use crate::engine::{self, Run};
 use crate::memory::DeviceMemory;
@@ -496,7 +497,7 @@ impl Copy<'_> {
                 // A piece of a RAM DMB holds whole words, so a word is never cut there.
                 debug_assert_eq!(run, len);
                 // SAFETY: the destination as below, the source is a local.
-                unsafe { self.engines.cpu().copy(word.as_ptr(), dst, run as usize) };
+                unsafe { CpuEngine.copy(word.as_ptr(), dst, run as usize) };
                 run
             };
             self.offset += done;
@@ -592,7 +593,6 @@ mod tests {
     use crate::port::{RamSegment, SessionId};
     use crate::testing::{BASE, Guest, NEXT, TestRing, WRITE};
     use dmbridge_proto::ids::{Gid, Token};
-    use dmbridge_proto::shm::CopyPlan;
 
     const DMB_SIZE: u64 = 64 << 10;
     const DMB_AT: u64 = 8192;
@@ -620,7 +620,7 @@ mod tests {
 
     impl World {
         fn new() -> World {
-            World::with(MoverEngines::cpu_only(CopyPlan::default()))
+            World::with(MoverEngines::cpu_only())
         }
 
         fn with(engines: MoverEngines) -> World {
@@ -916,8 +916,8 @@ mod tests {
         // The threads of a pool end with it, and jobs are then done by who asks: so it stays.
         let pool = Box::leak(Box::new(NodePool::start(node.id, &node.cpus, 2).unwrap()));
         vec![
-            ("cpu", MoverEngines::cpu_only(CopyPlan::default())),
-            ("cpu-node", MoverEngines::only(Box::new(pool.engine(CopyPlan::default())))),
+            ("cpu", MoverEngines::cpu_only()),
+            ("cpu-node", MoverEngines::only(Box::new(pool.engine()))),
             ("dsa", MoverEngines::only(crate::engine::dsa::tests::faulty())),
             ("late", MoverEngines::only(Box::new(Late::new()))),
         ]

@@ -1,6 +1,7 @@
 //! One front-end's connection: what it negotiated, its rings, its place in the fabric. Not the messages themselves
 //! (`handler.rs`), nor when they are read (`control.rs`).
 
+use crate::copy_plan;
 use crate::fabric::{Attempt, DeviceId};
 use crate::frontend::Channel;
 use crate::hub::PeerCredentials;
@@ -164,6 +165,8 @@ pub struct Session {
     pub port: Arc<Port>,
     /// Virtio features that the driver accepted.
     pub features: u64,
+    /// What the driver is told of how memory is written: the same from its features to a reset.
+    pub copy_plan: CopyPlan,
     /// Whether it has said that it owns the connection.
     pub owned: bool,
     /// Whether it asked for protocol features before that.
@@ -212,6 +215,7 @@ impl Session {
             numa,
             port,
             features: 0,
+            copy_plan: copy_plan::current(),
             owned: false,
             hasty: false,
             protocol: Protocol::empty(),
@@ -295,7 +299,7 @@ impl Session {
     }
 
     /// The configuration space.
-    pub fn config(&self, fabric_id: u16, system_eid: [u8; 32], plan: CopyPlan) -> Config {
+    pub fn config(&self, fabric_id: u16, system_eid: [u8; 32]) -> Config {
         let limits = &self.limits;
         Config {
             magic: MAGIC,
@@ -312,7 +316,7 @@ impl Session {
             max_segments: limits.max_segments.into(),
             max_move_size: limits.max_move_size.into(),
             granule: (dmbridge_proto::GRANULE as u32).into(),
-            copy_plan: plan.to_bytes(),
+            copy_plan: self.copy_plan.to_bytes(),
             reserved: [0; 4],
         }
     }

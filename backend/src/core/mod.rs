@@ -21,7 +21,6 @@ use crate::vring::Chain;
 use admission::{Configured, Listener};
 use dmbridge_proto::EVENT_QUEUE;
 use dmbridge_proto::ids::Gid;
-use dmbridge_proto::shm::CopyPlan;
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::RawFd;
@@ -120,8 +119,6 @@ pub struct Identity {
     pub fabric_id: u16,
     /// The host's EID.
     pub system_eid: [u8; 32],
-    /// How bytes are copied fastest here.
-    pub copy_plan: CopyPlan,
 }
 
 /// Sessions, fabric, and what the control thread knows besides.

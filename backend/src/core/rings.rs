@@ -1,6 +1,7 @@
 //! Rings of a session, as its front-end describes, starts and stops them; and with the control queue's the device.
 
 use super::{Core, Identity, Refusal, Source, Work};
+use crate::copy_plan;
 use crate::fabric::Joining;
 use crate::notify::EventFile;
 use crate::port::SessionId;
@@ -50,8 +51,8 @@ impl Core {
             // A virtual machine that is paused reads nothing: a driver begins anew.
             self.reset(id, GoneReason::Reset);
         }
-        let Identity { fabric_id, system_eid, copy_plan } = self.identity;
-        let config = self.session(id)?.config(fabric_id, system_eid, copy_plan);
+        let Identity { fabric_id, system_eid } = self.identity;
+        let config = self.session(id)?.config(fabric_id, system_eid);
         let mut bytes = [0; MAX_CONFIG_SIZE];
         bytes[..CONFIG_SIZE].copy_from_slice(config.as_bytes());
         let range = offset..offset.saturating_add(size);
@@ -245,6 +246,7 @@ impl Core {
         }
         if let Some(device) = session.device.take() {
             tracing::debug!(device = %session.name, gid = %session.gid, ?reason, "stopped");
+            session.copy_plan = copy_plan::current();
             let port = session.port.clone();
             self.started.remove(&device);
             self.fabric.leave(device, reason);

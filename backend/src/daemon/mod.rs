@@ -15,10 +15,8 @@ use crate::report::Report;
 use crate::settings::{Endpoint, Settings, SettingsError};
 use crate::socket::{Socket, SocketError};
 use crate::topology::Topology;
-use dmbridge_proto::shm::CopyPlan;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
-use std::sync::OnceLock;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
@@ -47,6 +45,7 @@ pub enum Error {
 pub struct Daemon {
     handle: Handle,
     thread: Option<JoinHandle<io::Result<()>>>,
+    _revision: copy_plan::Revision,
 }
 
 /// Reaches a daemon from any thread.
@@ -82,15 +81,16 @@ impl Daemon {
             };
             devices.push((device, entrance));
         }
-        let copy_plan = copy_plan();
+        // Before the engines, which copy by it.
+        let revision = copy_plan::start()?;
         let topology = Topology::of_host();
-        let engines = EngineSet::start(&settings.engines, &topology, copy_plan)?;
+        let engines = EngineSet::start(&settings.engines, &topology)?;
         let movers: Vec<Mover> = (0..settings.movers)
             .map(|number| Mover::start(number, engines.mover()))
             .collect::<Result<_, _>>()?;
         let (doorbell, inbox) = doorbell::pair()?;
         let setup = Setup {
-            identity: Identity { fabric_id: settings.fabric_id, system_eid: settings.system_eid, copy_plan },
+            identity: Identity { fabric_id: settings.fabric_id, system_eid: settings.system_eid },
             fabric: Fabric::new(settings.pool, topology),
             movers,
             engines,
@@ -102,7 +102,7 @@ impl Daemon {
         let thread = std::thread::Builder::new()
             .name("dmb-control".into())
             .spawn(move || Control::new(setup)?.run())?;
-        Ok(Daemon { handle: Handle { doorbell }, thread: Some(thread) })
+        Ok(Daemon { handle: Handle { doorbell }, thread: Some(thread), _revision: revision })
     }
 
     /// For asking and stopping.
@@ -145,12 +145,6 @@ impl Handle {
     pub fn stop(&self) {
         self.doorbell.ring(Message::Stop);
     }
-}
-
-/// Measured once per process: it takes some tens of milliseconds, and the machine stays the same.
-fn copy_plan() -> CopyPlan {
-    static PLAN: OnceLock<CopyPlan> = OnceLock::new();
-    *PLAN.get_or_init(copy_plan::measure)
 }
 
 /// Each device takes about a dozen descriptors; the usual soft limit is for programs that use `select`.

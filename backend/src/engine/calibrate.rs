@@ -200,12 +200,11 @@ fn pin(cpus: &[u32]) {
 mod tests {
     use super::*;
     use crate::engine::cpu::CpuEngine;
-    use dmbridge_proto::shm::CopyPlan;
 
     #[test]
     fn every_row_is_measured_and_every_engine_in_it() {
         let topology = Topology::of_host();
-        let cpu = || Box::new(CpuEngine::new(CopyPlan::default()));
+        let cpu = || Box::new(CpuEngine);
         let other = Id { kind: crate::engine::table::Kind::Dsa, node: Some(7) };
         let mut engines: Vec<Named> = vec![(Id::CPU, cpu()), (other, cpu())];
         let rows = measure(&topology, &mut engines).unwrap();

@@ -1,26 +1,15 @@
 //! The CPU that serves the move queue copies by itself.
 
 use super::{Engine, Run};
-use dmbridge_proto::shm::CopyPlan;
+use crate::copy_plan;
+use dmbridge_proto::shm::copy_to_shared;
 use std::sync::atomic::{Ordering, fence};
 
 /// Copies in the way that was measured to be the fastest for the size.
 #[derive(Debug, Clone, Copy)]
-pub struct CpuEngine {
-    plan: CopyPlan,
-}
+pub struct CpuEngine;
 
 impl CpuEngine {
-    /// An engine that follows this plan.
-    pub fn new(plan: CopyPlan) -> CpuEngine {
-        CpuEngine { plan }
-    }
-
-    /// The plan.
-    pub fn plan(&self) -> CopyPlan {
-        self.plan
-    }
-
     /// Copies `len` bytes, now.
     ///
     /// # Safety
@@ -30,7 +19,7 @@ impl CpuEngine {
     #[inline]
     pub unsafe fn copy(&self, src: *const u8, dst: *mut u8, len: usize) {
         // SAFETY: the caller's promise.
-        unsafe { self.plan.copy_to_shared(src, dst, len) };
+        unsafe { copy_to_shared(copy_plan::method(len), src, dst, len) };
         fence(Ordering::Release);
     }
 }

@@ -7,8 +7,9 @@
 
 use super::ranges::Ranges;
 use super::{Engine, Run};
+use crate::copy_plan;
 use crate::topology::NodeId;
-use dmbridge_proto::shm::{CopyMethod, CopyPlan, copy_to_shared};
+use dmbridge_proto::shm::{CopyMethod, copy_to_shared};
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use std::collections::VecDeque;
@@ -88,8 +89,8 @@ impl NodePool {
     }
 
     /// A mover's way to them.
-    pub fn engine(&self, plan: CopyPlan) -> NodeEngine {
-        NodeEngine { shared: self.shared.clone(), plan, job: None, takes_part: false }
+    pub fn engine(&self) -> NodeEngine {
+        NodeEngine { shared: self.shared.clone(), job: None, takes_part: false }
     }
 }
 
@@ -167,11 +168,11 @@ impl Job {
 }
 
 /// Cuts runs into chunks.
-fn chunks(runs: &[Run], plan: &CopyPlan) -> Box<[Chunk]> {
+fn chunks(runs: &[Run]) -> Box<[Chunk]> {
     let mut chunks =
         Vec::with_capacity(runs.len() + runs.iter().map(|run| run.len / CHUNK + 1).sum::<usize>());
     for run in runs {
-        let method = plan.method(run.len);
+        let method = copy_plan::method(run.len);
         let mut at = 0;
         while at < run.len {
             // The first one ends where a line does.
@@ -189,7 +190,6 @@ fn chunks(runs: &[Run], plan: &CopyPlan) -> Box<[Chunk]> {
 #[derive(Debug)]
 pub struct NodeEngine {
     shared: Arc<Shared>,
-    plan: CopyPlan,
     job: Option<Arc<Job>>,
     takes_part: bool,
 }
@@ -203,7 +203,7 @@ impl NodeEngine {
 impl Engine for NodeEngine {
     unsafe fn submit(&mut self, runs: &[Run]) {
         self.finish();
-        let chunks = chunks(runs, &self.plan);
+        let chunks = chunks(runs);
         if chunks.is_empty() {
             return;
         }
@@ -287,7 +287,7 @@ mod tests {
     fn every_byte_is_copied_once_done_is_said_and_none_beside() {
         for workers in [1, 3] {
             let pool = pool(workers);
-            let mut engine = pool.engine(CopyPlan::default());
+            let mut engine = pool.engine();
             for (round, len) in [1, 7, 4096, CHUNK, CHUNK + 1, 300_001, 1 << 20].into_iter().enumerate() {
                 for takes_part in [true, false] {
                     let source = pattern(len, round);
@@ -309,7 +309,7 @@ mod tests {
     #[test]
     fn nothing_is_submitted_and_nothing_waited_for() {
         let pool = pool(1);
-        let mut engine = pool.engine(CopyPlan::default());
+        let mut engine = pool.engine();
         // SAFETY: there is no run.
         unsafe { engine.submit(&[]) };
         assert!(engine.poll());
@@ -332,7 +332,7 @@ mod tests {
                 }
             }
         });
-        let mut engine = pool.engine(CopyPlan::default());
+        let mut engine = pool.engine();
         for round in 1..200u64 {
             let source = vec![round; LEN / 8];
             let run = Run { src: source.as_ptr().cast(), dst: target.as_ptr().cast_mut().cast(), len: LEN };
@@ -350,7 +350,7 @@ mod tests {
         let pool = pool(2);
         std::thread::scope(|scope| {
             for mover in 0..3 {
-                let mut engine = pool.engine(CopyPlan::default());
+                let mut engine = pool.engine();
                 scope.spawn(move || {
                     for round in 0..50 {
                         let source = pattern(200_000, mover * 100 + round);
@@ -369,7 +369,7 @@ mod tests {
     #[test]
     fn a_pool_that_ends_first_leaves_nobody_waiting() {
         let pool = pool(1);
-        let mut engine = pool.engine(CopyPlan::default());
+        let mut engine = pool.engine();
         let source = pattern(1 << 20, 1);
         let mut target = vec![0; source.len()];
         let run = Run { src: source.as_ptr(), dst: target.as_mut_ptr(), len: source.len() };

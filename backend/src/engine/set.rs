@@ -11,7 +11,6 @@ use super::trial::{self, Trials};
 use super::{Engine, Run, cache};
 use crate::report::{EngineCost, EngineReport, EngineRow, EnginesReport};
 use crate::topology::{Node, NodeId, Topology};
-use dmbridge_proto::shm::CopyPlan;
 use nix::sched::sched_getaffinity;
 use nix::unistd::Pid;
 use std::fmt;
@@ -48,7 +47,6 @@ enum Origin {
 /// The engines of a daemon.
 #[derive(Debug)]
 pub struct EngineSet {
-    cpu: CpuEngine,
     pools: Vec<NodePool>,
     accelerators: Vec<(NodeId, Accelerator)>,
     table: Arc<Table>,
@@ -59,28 +57,24 @@ pub struct EngineSet {
 
 impl EngineSet {
     /// Finds the engines, starts their workers, and measures.
-    pub fn start(settings: &EngineSettings, topology: &Topology, plan: CopyPlan) -> io::Result<EngineSet> {
+    pub fn start(settings: &EngineSettings, topology: &Topology) -> io::Result<EngineSet> {
         let start = Instant::now();
-        let cpu = CpuEngine::new(plan);
         let pools = pools(settings, topology)?;
         let accelerators = accelerators(settings, topology);
-        let mut engines = engines(cpu, &pools, &accelerators);
+        let mut engines = engines(&pools, &accelerators);
         let (measured, origin) = measured(settings, topology, &mut engines)?;
         let ids = engines.iter().map(|(id, _)| *id).collect();
         let table = Arc::new(Table::new(calibrate::nodes(topology), ids, measured, &settings.rules));
         let took = start.elapsed();
-        Ok(EngineSet { cpu, pools, accelerators, table, uses: Mutex::default(), origin, took })
+        Ok(EngineSet { pools, accelerators, table, uses: Mutex::default(), origin, took })
     }
 
     /// The engines of another mover.
     pub fn mover(&self) -> MoverEngines {
         let uses = Arc::new(Uses::new(&self.table));
         self.uses.lock().unwrap_or_else(PoisonError::into_inner).push(uses.clone());
-        let others = engines(self.cpu, &self.pools, &self.accelerators)
-            .into_iter()
-            .map(|(_, engine)| engine)
-            .collect();
-        MoverEngines::new(self.cpu, others, self.table.clone(), uses)
+        let others = engines(&self.pools, &self.accelerators).into_iter().map(|(_, engine)| engine).collect();
+        MoverEngines::new(others, self.table.clone(), uses)
     }
 
     /// How things are.
@@ -183,13 +177,13 @@ fn accelerators(settings: &EngineSettings, topology: &Topology) -> Vec<(NodeId, 
 }
 
 /// All engines, by a way to each that nobody else has; the CPU first.
-fn engines(cpu: CpuEngine, pools: &[NodePool], accelerators: &[(NodeId, Accelerator)]) -> Vec<Named> {
-    let mut engines: Vec<Named> = vec![(Id::CPU, Box::new(cpu))];
+fn engines(pools: &[NodePool], accelerators: &[(NodeId, Accelerator)]) -> Vec<Named> {
+    let mut engines: Vec<Named> = vec![(Id::CPU, Box::new(CpuEngine))];
     for pool in pools {
-        engines.push((Id::of_node(Kind::CpuNode, pool.node()), Box::new(pool.engine(cpu.plan()))));
+        engines.push((Id::of_node(Kind::CpuNode, pool.node()), Box::new(pool.engine())));
     }
     for (node, accelerator) in accelerators {
-        engines.push((Id::of_node(Kind::Dsa, *node), Box::new(accelerator.engine(cpu))));
+        engines.push((Id::of_node(Kind::Dsa, *node), Box::new(accelerator.engine(CpuEngine))));
     }
     engines
 }
@@ -256,7 +250,6 @@ pub struct Choice {
 
 /// The engines of one mover.
 pub struct MoverEngines {
-    cpu: CpuEngine,
     /// All of them, in the order of the table's; the first one is not used, because the CPU is asked directly.
     others: Vec<Box<dyn Engine>>,
     table: Arc<Table>,
@@ -265,14 +258,14 @@ pub struct MoverEngines {
 }
 
 impl MoverEngines {
-    fn new(cpu: CpuEngine, others: Vec<Box<dyn Engine>>, table: Arc<Table>, uses: Arc<Uses>) -> MoverEngines {
+    fn new(others: Vec<Box<dyn Engine>>, table: Arc<Table>, uses: Arc<Uses>) -> MoverEngines {
         let trials = Trials::new(table.rows(), table.engines().len());
-        MoverEngines { cpu, others, table, trials, uses }
+        MoverEngines { others, table, trials, uses }
     }
 
     /// The CPU, and nothing to choose.
     #[cfg(test)]
-    pub fn cpu_only(plan: CopyPlan) -> MoverEngines {
+    pub fn cpu_only() -> MoverEngines {
         let nodes = vec![NodeId::new(0).expect("a node")];
         let row = |class| Measured {
             source: 0,
@@ -283,7 +276,7 @@ impl MoverEngines {
         let rows = (0..super::table::CLASSES).map(row).collect();
         let table = Arc::new(Table::new(nodes, vec![Id::CPU], rows, &[]));
         let uses = Arc::new(Uses::new(&table));
-        MoverEngines::new(CpuEngine::new(plan), Vec::new(), table, uses)
+        MoverEngines::new(Vec::new(), table, uses)
     }
 
     /// This engine for everything, for tests.
@@ -295,7 +288,6 @@ impl MoverEngines {
     /// This engine beside the CPU; what a copy takes by either was measured to be this.
     #[cfg(test)]
     fn beside_cpu(engine: Box<dyn Engine>, rules: &[Rule], cost: impl Fn(Id) -> u64) -> MoverEngines {
-        let cpu = CpuEngine::new(CopyPlan::default());
         let node = NodeId::new(0).expect("a node");
         let engines = vec![Id::CPU, Id::of_node(Kind::Dsa, node)];
         let costs = |id: &Id| super::table::Cost { engine: *id, nanoseconds: cost(*id) };
@@ -308,13 +300,7 @@ impl MoverEngines {
         let rows = (0..super::table::CLASSES).map(row).collect();
         let table = Arc::new(Table::new(vec![node], engines, rows, rules));
         let uses = Arc::new(Uses::new(&table));
-        MoverEngines::new(cpu, vec![Box::new(cpu), engine], table, uses)
-    }
-
-    /// The CPU, for what is not worth choosing for.
-    #[inline]
-    pub fn cpu(&self) -> &CpuEngine {
-        &self.cpu
+        MoverEngines::new(vec![Box::new(CpuEngine), engine], table, uses)
     }
 
     /// Who does a move of `len` bytes: an engine of the kind that was `asked` for, if there is one, else the best.
@@ -362,7 +348,7 @@ impl MoverEngines {
         if choice == 0 {
             for run in runs {
                 // SAFETY: the caller's promise.
-                unsafe { self.cpu.copy(run.src, run.dst, run.len) };
+                unsafe { CpuEngine.copy(run.src, run.dst, run.len) };
             }
             return;
         }
@@ -412,7 +398,7 @@ mod tests {
 
     #[test]
     fn an_engine_that_was_measured_to_be_fast_and_is_not_is_used_no_more() {
-        let slow = Slow(CpuEngine::new(CopyPlan::default()));
+        let slow = Slow(CpuEngine);
         let cost = |id| if id == Id::CPU { 100 } else { 1 };
         let mut engines = MoverEngines::beside_cpu(Box::new(slow), &[], cost);
         let len = trial::LEAST;
@@ -428,7 +414,7 @@ mod tests {
 
     #[test]
     fn who_asks_for_an_engine_gets_it_if_it_is_there() {
-        let other = Box::new(CpuEngine::new(CopyPlan::default()));
+        let other = Box::new(CpuEngine);
         let mut engines = MoverEngines::beside_cpu(other, &[], |id| if id == Id::CPU { 1 } else { 100 });
         for len in [64, 1 << 20] {
             let mut engine = |kind| engines.choose(kind, None, None, len).engine;
@@ -445,7 +431,7 @@ mod tests {
         for kind in [Kind::Cpu, Kind::CpuNode] {
             let rules = vec![Rule { at_least: 0, kind }];
             let settings = EngineSettings { rules, workers: Some(1), ..EngineSettings::default() };
-            let set = EngineSet::start(&settings, &topology, CopyPlan::default()).unwrap();
+            let set = EngineSet::start(&settings, &topology).unwrap();
             let mut movers = [set.mover(), set.mover()];
             for len in [1, 64, 5000, 1 << 20] {
                 movers.iter_mut().for_each(|engines| copy(engines, len));
@@ -466,8 +452,7 @@ mod tests {
         let cache = Some(folder.path().join("engines.json"));
         // With one engine there is only one decision, and it stays the same.
         let settings = EngineSettings { workers: Some(0), cache, ..EngineSettings::default() };
-        let start =
-            || EngineSet::start(&settings, &Topology::of_host(), CopyPlan::default()).unwrap().report();
+        let start = || EngineSet::start(&settings, &Topology::of_host()).unwrap().report();
         assert_eq!(start().origin, "measured");
         assert_eq!(start().origin, "cached");
     }

@@ -1,14 +1,13 @@
 use super::queue::Limits;
 use super::software::{Behaviour, Software};
 use super::*;
-use dmbridge_proto::shm::CopyPlan;
 
 const LIMITS: Limits = Limits { max_transfer: 64 << 10, max_batch: 4 };
 const ROOM: usize = 16;
 
 fn engine(limits: Limits, size: usize, behaviour: Behaviour) -> DsaEngine {
     let queue = Software::start(limits, size, behaviour);
-    Accelerator::new(queue).engine(CpuEngine::new(CopyPlan::default()))
+    Accelerator::new(queue).engine(CpuEngine)
 }
 
 /// An accelerator at which things go wrong now and then, for tests of what stands on it.
