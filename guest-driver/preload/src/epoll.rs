@@ -37,6 +37,8 @@ const TOKEN: u64 = 0xd3b7_1d6e << 32;
 const BELL: u64 = TOKEN | 0xffff_ffff;
 /// So many looks in vain, and a hot connection is armed.
 const IDLE: u32 = 64;
+/// Who says nothing for so long a sleep is armed and forgotten, too.
+const SILENCE: Duration = Duration::from_millis(20);
 /// The kernel is asked for everything else at every so many-th wait that needs no kernel.
 const TURNS: u32 = 8;
 /// Instances nest no deeper (Linux' `EP_MAX_NESTS`, fs/eventpoll.c).
@@ -312,6 +314,22 @@ impl Set {
             });
             quiet
         })
+    }
+
+    /// Forgets all that is hot, and has each of them wake by itself.
+    fn cool(&self, epoll: c_int) {
+        self.with_hot(|hot| {
+            hot.retain(|&fd| {
+                let quiet = converted(fd).and_then(|(entry, conn)| {
+                    entry.registrations()?.with(|inner| {
+                        let r = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted)?;
+                        r.idle = 0;
+                        Some(r.arm(fd, conn, 0))
+                    })
+                });
+                quiet == Some(false)
+            });
+        });
     }
 
     /// A name that no other sleep has, on this machine or another one; 0, which is none, as long as there is no randomness. Under
@@ -947,10 +965,15 @@ fn wait(
             }
         };
         set.sleepers.fetch_add(1, Ordering::SeqCst);
+        let asleep = Instant::now();
         let quiet = set.arm(epoll);
         let count = if quiet { ask(&mut to, until) } else { 0 };
-        set.sleepers.fetch_sub(1, Ordering::SeqCst);
-        set.disarm();
+        let alone = set.sleepers.fetch_sub(1, Ordering::SeqCst) == 1;
+        if count == 0 && alone && asleep.elapsed() >= SILENCE {
+            set.cool(epoll);
+        } else {
+            set.disarm();
+        }
         crowd::slept(set.spinner(), start);
         if count < 0 {
             return count;
