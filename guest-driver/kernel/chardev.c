@@ -209,7 +209,7 @@ static void met(struct dmbridge_chardev *chardev, const struct dmbridge_event *e
 /* An event of the device that is not SMC's alone. By the device's work. */
 void dmbridge_chardev_event(struct dmbridge *dev, const struct dmbridge_event *event)
 {
-	struct dmbridge_chardev *chardev = dev->chardev;
+	struct dmbridge_chardev *chardev = READ_ONCE(dev->chardev);
 	u64 token = le64_to_cpu(event->token);
 	struct dmbridge_file *file;
 	struct slot *slot;
@@ -1006,7 +1006,8 @@ int dmbridge_chardev_add(struct dmbridge *dev)
 	rc = misc_register(&chardev->misc);
 	if (!rc)
 		return 0;
-	dev->chardev = NULL;
+	WRITE_ONCE(dev->chardev, NULL);
+	dmbridge_flush(dev);
 	ida_free(&numbers, chardev->number);
 fail:
 	kref_put(&chardev->kref, release_chardev);
@@ -1029,9 +1030,9 @@ void dmbridge_chardev_remove(struct dmbridge *dev)
 	list_for_each_entry(file, &chardev->files, list)
 		wake_up_interruptible(&file->wait);
 	up_write(&chardev->alive);
-	/* Its work may still tell of events. */
-	drain_workqueue(dev->wq);
-	dev->chardev = NULL;
+	WRITE_ONCE(dev->chardev, NULL);
+	/* Who saw it. */
+	dmbridge_flush(dev);
 	ida_free(&numbers, chardev->number);
 	kref_put(&chardev->kref, release_chardev);
 }
@@ -1039,7 +1040,7 @@ void dmbridge_chardev_remove(struct dmbridge *dev)
 /* The device is not used any more. */
 void dmbridge_chardev_broken(struct dmbridge *dev)
 {
-	struct dmbridge_chardev *chardev = dev->chardev;
+	struct dmbridge_chardev *chardev = READ_ONCE(dev->chardev);
 	struct dmbridge_file *file;
 
 	if (!chardev)

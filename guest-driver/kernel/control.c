@@ -35,14 +35,20 @@ void dmbridge_control_interrupt(struct virtqueue *vq)
 	struct dmbridge_control *control = &dev->control;
 	unsigned long flags;
 	unsigned int len;
+	bool broken;
 	void *used;
 
 	spin_lock_irqsave(&control->lock, flags);
 	used = virtqueue_get_buf(vq, &len);
+	broken = virtqueue_is_broken(vq);
 	if (used)
 		control->answer_len = len;
+	else if (broken)
+		control->answer_len = 0;
 	spin_unlock_irqrestore(&control->lock, flags);
-	if (used)
+	if (broken)
+		dmbridge_break(dev, "its control queue breaks its contract");
+	if (used || broken)
 		complete(&control->answered);
 }
 

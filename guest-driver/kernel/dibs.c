@@ -1,20 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The device as a dibs device of Linux from 6.18 on. SMC is a client of dibs, so
- * AF_SMC sockets use it; and where DMBs can be mapped, SMC writes into them
- * without a copy of its own.
+ * AF_SMC sockets use it.
+ *
+ * SMC can write into the peer's DMB itself, without a copy in a buffer of its own.
+ * But it decides so for a device, not for a peer, and a connection to one whose
+ * DMB cannot be attached then breaks: if it is the first between the two, the end
+ * that gives up has the other end's reset before that falls back to TCP. So it is
+ * for hosts where all guests map each other, and has to be asked for.
  */
 #include "dmbridge.h"
 
 #ifdef DMBRIDGE_DIBS
 #include <linux/dibs.h>
+#include <linux/dma-mapping.h>
+#include <linux/module.h>
+#include <linux/pci.h>
+#include <net/smc.h>
 
-/*
- * dibs asks for it without saying of which device: the most of all. Set before
- * the device that has so many is added.
- */
-static int max_dmbs_of_all;
-static DEFINE_MUTEX(max_dmbs_mutex);
+static bool nocopy;
+module_param(nocopy, bool, 0444);
+MODULE_PARM_DESC(nocopy, "SMC writes into DMBs itself; only where all guests map each other");
+
+/* SMC asks for it all the time, and relies on the answer being the same. */
+static bool is_nocopy(const struct dmbridge *dev)
+{
+	return dev->can_map && nocopy;
+}
 
 static struct dmbridge *of(struct dibs_dev *dibs)
 {
@@ -45,14 +57,23 @@ static u16 get_fabric_id(struct dibs_dev *dibs)
 static int query_remote_gid(struct dibs_dev *dibs, const uuid_t *rgid, u32 vid_valid, u32 vid)
 {
 	struct dmbridge_query_reply reply;
+	int rc;
 
-	return dmbridge_command(of(dibs), DMBRIDGE_QUERY_GID, rgid->b, sizeof(rgid->b), &reply,
-				sizeof(reply));
+	/* Tenants are kept apart by the device's groups, not by VLANs. */
+	if (vid_valid && vid != ISM_RESERVED_VLANID)
+		return -EOPNOTSUPP;
+	rc = dmbridge_command(of(dibs), DMBRIDGE_QUERY_GID, rgid->b, sizeof(rgid->b), &reply,
+			      sizeof(reply));
+	/* A server asks for its client. Later it would be too late for TCP. */
+	if (!rc && is_nocopy(of(dibs)) && !(reply.flags & cpu_to_le32(DMBRIDGE_PAIR_MAP)))
+		return -EOPNOTSUPP;
+	return rc;
 }
 
+/* Of any device, and always. */
 static int max_dmbs(void)
 {
-	return READ_ONCE(max_dmbs_of_all);
+	return DMBRIDGE_SMC_DMBS;
 }
 
 /* The peer has written. With interrupts off. */
@@ -62,6 +83,8 @@ static void signalled(struct dmbridge_dmb *dmb, u64 mask)
 	unsigned long flags;
 	u8 id;
 
+	if (dmb->index >= DMBRIDGE_SMC_DMBS)
+		return;
 	spin_lock_irqsave(&dibs->lock, flags);
 	id = dibs->dmb_clientid_arr[dmb->index];
 	if (id < MAX_DIBS_CLIENTS && dibs->subs[id])
@@ -89,11 +112,18 @@ static int register_dmb(struct dibs_dev *dibs, struct dibs_dmb *dibs_dmb,
 	dmb = dmbridge_register(of(dibs), peer, dibs_dmb->dmb_len, signalled, NULL);
 	if (IS_ERR(dmb))
 		return PTR_ERR(dmb);
+	/* The peer's SMC could not attach it. This one can still take TCP. */
+	if (dmb->index >= DMBRIDGE_SMC_DMBS ||
+	    (is_nocopy(of(dibs)) && (dmb->ram || !(dmb->flags & DMBRIDGE_PAIR_MAP)))) {
+		dmbridge_unregister(dmb);
+		return -ENOSPC;
+	}
 	set_client(dibs, dmb->index, client->id);
 	dibs_dmb->dmb_tok = dmb->token;
 	dibs_dmb->idx = dmb->index;
 	dibs_dmb->cpu_addr = dmb->memory;
-	dibs_dmb->dma_addr = 0;
+	/* SMC never unregisters a DMB whose address is 0. */
+	dibs_dmb->dma_addr = DMA_MAPPING_ERROR;
 	return 0;
 }
 
@@ -135,9 +165,15 @@ static int signal_event(struct dibs_dev *dibs, const uuid_t *rgid, u32 trigger_i
 	return dmbridge_command(of(dibs), DMBRIDGE_SIGNAL_EVENT, &event, sizeof(event), NULL, 0);
 }
 
+/* A device that lets in SMC's number for "none" is one for SMC-Dv2. */
+static int no_vlan(struct dibs_dev *dibs, u64 vlan_id)
+{
+	return vlan_id == ISM_RESERVED_VLANID ? 0 : -EOPNOTSUPP;
+}
+
 static int support_mmapped_rdmb(struct dibs_dev *dibs)
 {
-	return of(dibs)->can_map;
+	return is_nocopy(of(dibs));
 }
 
 static int attach_dmb(struct dibs_dev *dibs, struct dibs_dmb *dibs_dmb)
@@ -147,7 +183,7 @@ static int attach_dmb(struct dibs_dev *dibs, struct dibs_dmb *dibs_dmb)
 	dibs_dmb->cpu_addr = dmbridge_remote_hold(of(dibs), dibs_dmb->dmb_tok, &size);
 	if (!dibs_dmb->cpu_addr)
 		return -EOPNOTSUPP;
-	dibs_dmb->dma_addr = 0;
+	dibs_dmb->dma_addr = DMA_MAPPING_ERROR;
 	dibs_dmb->dmb_len = min_t(u64, size, U32_MAX);
 	return 0;
 }
@@ -165,6 +201,8 @@ static const struct dibs_dev_ops ops = {
 	.register_dmb = register_dmb,
 	.unregister_dmb = unregister_dmb,
 	.move_data = move_data,
+	.add_vlan_id = no_vlan,
+	.del_vlan_id = no_vlan,
 	.signal_event = signal_event,
 	.support_mmapped_rdmb = support_mmapped_rdmb,
 	.attach_dmb = attach_dmb,
@@ -173,23 +211,28 @@ static const struct dibs_dev_ops ops = {
 
 int dmbridge_smc_add(struct dmbridge *dev)
 {
-	struct dibs_dev *dibs = dibs_dev_alloc();
+	struct device *parent = dev->vdev->dev.parent;
+	struct dibs_dev *dibs;
 	int rc;
 
+	/* SMC takes the parent for a PCI device when it lists its devices. */
+	if (!dev_is_pci(parent)) {
+		dev_info(&dev->vdev->dev, "not on a PCI bus, so not a dibs device\n");
+		return 0;
+	}
+	dibs = dibs_dev_alloc();
 	if (!dibs)
 		return -ENOMEM;
 	dibs->drv_priv = dev;
 	dibs->ops = &ops;
 	dibs->gid = uuid_of(dev->limits.gid);
-	dibs->dev.parent = &dev->vdev->dev;
+	dibs->dev.parent = parent;
 	dev_set_name(&dibs->dev, "dibs-%s", dev_name(&dev->vdev->dev));
 	dev->dibs = dibs;
-	mutex_lock(&max_dmbs_mutex);
-	WRITE_ONCE(max_dmbs_of_all, max(max_dmbs_of_all, (int)dev->limits.max_dmbs));
 	rc = dibs_dev_add(dibs);
-	mutex_unlock(&max_dmbs_mutex);
 	if (rc) {
 		dev->dibs = NULL;
+		dmbridge_flush(dev);
 		put_device(&dibs->dev);
 		return rc;
 	}
@@ -203,8 +246,8 @@ void dmbridge_smc_remove(struct dmbridge *dev)
 	if (!dev->dibs)
 		return;
 	dibs_dev_del(dev->dibs);
-	/* Its events would ask for it. */
-	drain_workqueue(dev->wq);
+	/* What saw that it is there. */
+	dmbridge_flush(dev);
 	put_device(&dev->dibs->dev);
 	dev->dibs = NULL;
 }

@@ -66,6 +66,11 @@
 #define DMBRIDGE_MOVE_PIECES		16
 /* Event buffers. */
 #define DMBRIDGE_EVENTS			128
+/*
+ * DMBs that SMC is told it may have: it keeps a pointer for each, in one piece of
+ * memory, and dibs asks once for all devices. A device numbers from 0 on.
+ */
+#define DMBRIDGE_SMC_DMBS		16384
 
 struct dmbridge;
 struct dmbridge_chardev;
@@ -185,8 +190,8 @@ struct dmbridge_remote {
 	u64 size;
 	void *memory;
 	struct dmbridge_line *line;
-	/* Somebody has its address, and says when it is not needed any more. */
-	bool held;
+	/* So many have its address, and say when they do not need it any more. */
+	unsigned int held;
 	/* Moves that nobody waits for. */
 	atomic_t inflight;
 	/* What became of them, if not good. */
@@ -204,6 +209,7 @@ struct dmbridge_stats {
 	u64 rings;
 	u64 suppressed;
 	u64 polled;
+	u64 attached;
 };
 
 /**
@@ -281,6 +287,7 @@ static inline u64 dmbridge_gid_id(const struct dmbridge_gid *gid)
 
 /* main.c */
 void dmbridge_break(struct dmbridge *dev, const char *why);
+void dmbridge_flush(struct dmbridge *dev);
 
 /* control.c */
 int dmbridge_control_init(struct dmbridge *dev, struct virtqueue *vq);

@@ -16,6 +16,9 @@ static int post(struct dmbridge_events *events, struct dmbridge_event_buffer *bu
 	return virtqueue_add_inbuf(events->vq, &sg, 1, buffer, GFP_ATOMIC);
 }
 
+/* Devices that are remembered as paused; one is enough to be patient. */
+#define MAX_PAUSED	1024
+
 /* A device that is paused. */
 struct paused {
 	struct list_head list;
@@ -36,7 +39,7 @@ static void set_paused(struct dmbridge *dev, u64 gid, bool is_paused)
 		}
 		return;
 	}
-	if (!is_paused)
+	if (!is_paused || atomic_read(&dev->num_paused) >= MAX_PAUSED)
 		return;
 	paused = kmalloc(sizeof(*paused), GFP_KERNEL);
 	if (paused) {
@@ -130,6 +133,7 @@ void dmbridge_events_interrupt(struct virtqueue *vq)
 			failed |= post(events, buffer) != 0;
 		}
 	} while (!failed && !virtqueue_enable_cb(vq));
+	failed |= virtqueue_is_broken(vq);
 	virtqueue_kick(vq);
 	spin_unlock_irqrestore(&events->lock, flags);
 	if (failed)

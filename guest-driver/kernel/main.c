@@ -141,6 +141,17 @@ static void broken(struct work_struct *work)
 }
 
 /*
+ * Waits for the work that is under way, which may use what has just been taken
+ * away. More of it may come, and sees that it is gone.
+ */
+void dmbridge_flush(struct dmbridge *dev)
+{
+	/* In this order: the latter may have the device break. */
+	flush_workqueue(dev->wq);
+	flush_work(&dev->broken);
+}
+
+/*
  * The VMM stops the device when the virtual machine is paused, and when it is
  * reset. The device tells one from the other by this word (docs/device.md, 6.9).
  */
@@ -159,12 +170,16 @@ static int dmbridge_live(struct dmbridge *dev)
 	return rc == -EOPNOTSUPP ? 0 : rc;
 }
 
+/* Takes the device everything; afterwards, nothing of this driver runs on its behalf. */
 static void dmbridge_reset(struct dmbridge *dev)
 {
 	set_bit(DMBRIDGE_BROKEN, &dev->state);
 	if (dev->lifeline)
 		WRITE_ONCE(*dev->lifeline, 0);
 	virtio_reset_device(dev->vdev);
+	cancel_delayed_work_sync(&dev->watchdog);
+	dmbridge_flush(dev);
+	dev->vdev->config->del_vqs(dev->vdev);
 }
 
 static void dmbridge_free(struct dmbridge *dev)
@@ -248,7 +263,7 @@ fail_chardev:
 	dmbridge_chardev_remove(dev);
 fail_ready:
 	dmbridge_reset(dev);
-	flush_workqueue(dev->wq);
+	goto fail;
 fail_queues:
 	vdev->config->del_vqs(vdev);
 fail:
@@ -265,9 +280,6 @@ static void dmbridge_remove(struct virtio_device *vdev)
 	dmbridge_chardev_remove(dev);
 	dmbridge_smc_remove(dev);
 	dmbridge_reset(dev);
-	cancel_work_sync(&dev->broken);
-	cancel_delayed_work_sync(&dev->watchdog);
-	vdev->config->del_vqs(vdev);
 	dmbridge_free(dev);
 }
 
@@ -278,7 +290,7 @@ static const struct {
 #define COUNTER(what) { #what, offsetof(struct dmbridge_stats, what) }
 	COUNTER(commands), COUNTER(events), COUNTER(signals), COUNTER(mapped_writes),
 	COUNTER(mapped_bytes), COUNTER(moves), COUNTER(moved_bytes), COUNTER(rings),
-	COUNTER(suppressed), COUNTER(polled),
+	COUNTER(suppressed), COUNTER(polled), COUNTER(attached),
 #undef COUNTER
 };
 

@@ -69,6 +69,8 @@ static void reap(struct dmbridge_moves *moves)
 		moves->busy--;
 		list_add(&slot->free, &moves->free);
 	}
+	if (unlikely(virtqueue_is_broken(moves->vq)))
+		dmbridge_break(moves->dev, "its move queue breaks its contract");
 }
 
 /*

@@ -276,7 +276,8 @@ void dmbridge_remote_ended(struct dmbridge *dev, u64 token)
  * @size: of it
  *
  * Context: may sleep.
- * Return: the address, which is good until dmbridge_remote_let_go(); or NULL.
+ * Return: the address, which is good until dmbridge_remote_let_go() was called as
+ *	   often as this; or NULL.
  */
 void *dmbridge_remote_hold(struct dmbridge *dev, u64 token, u64 *size)
 {
@@ -294,12 +295,14 @@ void *dmbridge_remote_hold(struct dmbridge *dev, u64 token, u64 *size)
 	if (smp_load_acquire(&remote->state) == DMBRIDGE_REMOTE_MAPPED) {
 		spin_lock_bh(&dev->remotes_lock);
 		if (!hlist_unhashed(&remote->node)) {
-			remote->held = true;
+			remote->held++;
 			memory = remote->memory;
 			*size = remote->size;
 		}
 		spin_unlock_bh(&dev->remotes_lock);
 	}
+	if (memory)
+		dmbridge_count(dev, attached, 1);
 	dmbridge_remote_put(remote);
 	return memory;
 }
@@ -312,7 +315,8 @@ void dmbridge_remote_let_go(struct dmbridge *dev, u64 token)
 	remote = find(dev, token);
 	if (remote) {
 		spin_lock_bh(&dev->remotes_lock);
-		remote->held = false;
+		if (remote->held)
+			remote->held--;
 		spin_unlock_bh(&dev->remotes_lock);
 	}
 	rcu_read_unlock();

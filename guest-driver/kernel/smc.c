@@ -3,6 +3,7 @@
  * The device as an SMC-D device of Linux up to 6.2, so that AF_SMC sockets use it;
  * and what is said where there is no way.
  */
+#include <linux/dma-mapping.h>
 #include <linux/pci.h>
 #include "dmbridge.h"
 
@@ -40,7 +41,8 @@ static int query_remote_gid(struct smcd_dev *smcd, u64 rgid, u32 vid_valid, u32 
 /* The peer has written, so its connection has something to look at. */
 static void signalled(struct dmbridge_dmb *dmb, u64 mask)
 {
-	smcd_handle_irq(dmb->dev->smcd, dmb->index, mask);
+	if (dmb->index < DMBRIDGE_SMC_DMBS)
+		smcd_handle_irq(dmb->dev->smcd, dmb->index, mask);
 }
 
 static int register_dmb(struct smcd_dev *smcd, struct smcd_dmb *smcd_dmb)
@@ -52,10 +54,15 @@ static int register_dmb(struct smcd_dev *smcd, struct smcd_dmb *smcd_dmb)
 	dmb = dmbridge_register(of(smcd), smcd_dmb->rgid, smcd_dmb->dmb_len, signalled, NULL);
 	if (IS_ERR(dmb))
 		return PTR_ERR(dmb);
+	if (dmb->index >= DMBRIDGE_SMC_DMBS) {
+		dmbridge_unregister(dmb);
+		return -ENOSPC;
+	}
 	smcd_dmb->dmb_tok = dmb->token;
 	smcd_dmb->sba_idx = dmb->index;
 	smcd_dmb->cpu_addr = dmb->memory;
-	smcd_dmb->dma_addr = 0;
+	/* SMC never unregisters a DMB whose address is 0. */
+	smcd_dmb->dma_addr = DMA_MAPPING_ERROR;
 	return 0;
 }
 
@@ -143,7 +150,7 @@ int dmbridge_smc_add(struct dmbridge *dev)
 	}
 	/* Beside the virtio device, so it needs a name of its own. */
 	snprintf(name, sizeof(name), "smcd-%s", dev_name(&dev->vdev->dev));
-	smcd = smcd_alloc_dev(parent, name, &ops, dev->limits.max_dmbs);
+	smcd = smcd_alloc_dev(parent, name, &ops, DMBRIDGE_SMC_DMBS);
 	if (!smcd)
 		return -ENOMEM;
 	smcd->priv = dev;
@@ -153,6 +160,7 @@ int dmbridge_smc_add(struct dmbridge *dev)
 	rc = smcd_register_dev(smcd);
 	if (rc) {
 		dev->smcd = NULL;
+		dmbridge_flush(dev);
 		smcd_free_dev(smcd);
 		return rc;
 	}
@@ -167,8 +175,8 @@ void dmbridge_smc_remove(struct dmbridge *dev)
 	if (!dev->smcd)
 		return;
 	smcd_unregister_dev(dev->smcd);
-	/* Its events would ask for it. */
-	drain_workqueue(dev->wq);
+	/* What saw that it is there. */
+	dmbridge_flush(dev);
 	smcd_free_dev(dev->smcd);
 	dev->smcd = NULL;
 }

@@ -8,52 +8,11 @@ use dmbridge_tests::deadline::until_good;
 use dmbridge_tests::frontend::{Options, RawFrontend};
 use dmbridge_tests::memory::BASE;
 use dmbridge_tests::pair::Pair;
+use dmbridge_tests::random::Random;
 use dmbridge_tests::ring::Descriptor;
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
-/// SplitMix64: small, and good enough to be nasty.
-struct Random(u64);
-
-impl Random {
-    fn new(round: u64) -> Random {
-        let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0u64);
-        Random(seed.wrapping_mul(0x1_0000_0001) ^ round << 40)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    /// A number of the kind that breaks things.
-    fn number(&mut self) -> u64 {
-        match self.below(6) {
-            0 => self.below(16),
-            1 => 1 << self.below(64),
-            2 => (1u64 << self.below(64)).wrapping_sub(1),
-            3 => u64::MAX - self.below(4096),
-            4 => self.below(1 << 20),
-            _ => self.next(),
-        }
-    }
-
-    fn bytes(&mut self, len: u64) -> Vec<u8> {
-        (0..len).map(|_| self.next() as u8).collect()
-    }
-}
 
 /// A guest-physical address, most of the time one of guest memory.
 fn address(random: &mut Random, device: &RawFrontend) -> u64 {

@@ -72,6 +72,7 @@ impl Provisioned {
     pub fn kernel_module(&self, folder: &Path) -> Result<PathBuf, String> {
         let makefile = script("../guest-driver/kernel/Makefile")?;
         let source = makefile.parent().unwrap_or(&makefile);
+        let folder = &folder.join(self.get("KERNEL_RELEASE")?);
         std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         let output = Command::new("flock")
             .arg(folder.join(".lock"))
