@@ -154,15 +154,7 @@ impl Server {
     /// Ends it by SIGTERM, and says what it printed.
     pub fn stop(mut self) -> Ran {
         let pid = nix::unistd::Pid::from_raw(self.0.id() as i32);
-        // `dmbridge-run --stats` stays to count; the program is its child.
-        let children =
-            std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        let target = match children.split_whitespace().next() {
-            Some(child) if name.starts_with("dmbridge-run") => child.parse().expect("a process id"),
-            _ => pid.as_raw(),
-        };
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(target), nix::sys::signal::Signal::SIGTERM);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
         self.finish()
     }
 

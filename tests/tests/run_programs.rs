@@ -3,7 +3,7 @@
 
 use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::deadline::until;
-use dmbridge_tests::preload::{Ran, Way, answers, daemon, free_port};
+use dmbridge_tests::preload::{Ran, Way, answers, daemon, find, free_port};
 use serde_json::Value;
 use std::path::Path;
 
@@ -212,6 +212,86 @@ fn python() {
         );
         let client = way.run("python3", &["-c", &script]);
         (client.out.clone(), vec![client, server.stop()])
+    });
+}
+
+#[test]
+fn node() {
+    let daemon = daemon();
+    // Says what hash a body has, and as many bytes as it is asked for.
+    let server = "const http = require('http'), crypto = require('crypto');
+        http.createServer((question, answer) => {
+            const hash = crypto.createHash('sha256');
+            question.on('data', data => hash.update(data));
+            question.on('end', () => {
+                answer.setHeader('hash', hash.digest('hex'));
+                answer.end(Buffer.alloc(Number(question.url.slice(1)), 'dmbridge'));
+            });
+        }).listen(Number(process.argv[1]), '127.0.0.1');
+        process.on('SIGTERM', () => process.exit(0));";
+    let client = "const http = require('http'), crypto = require('crypto');
+        const agent = new http.Agent({ keepAlive: true, maxSockets: 4 });
+        const total = crypto.createHash('sha256');
+        const ask = (send, want) => new Promise((done, fail) => {
+            const options = { port: Number(process.argv[1]), host: '127.0.0.1', agent, path: '/' + want, method: 'POST' };
+            http.request(options, answer => {
+                const hash = crypto.createHash('sha256').update(answer.headers.hash);
+                answer.on('data', data => hash.update(data));
+                answer.on('end', () => done(hash.digest('hex')));
+            }).on('error', fail).end(Buffer.alloc(send, 'some bytes'));
+        });
+        (async () => {
+            for (let i = 0; i < 60; i++) {
+                const sizes = [[i, 100], [100 * i, 3], [5, 70000 + i], [20000, 20000]];
+                for (const hash of await Promise.all(sizes.map(([send, want]) => ask(send, want)))) total.update(hash);
+            }
+            total.update(await ask(20 << 20, 30 << 20));
+            console.log(total.digest('hex'));
+            agent.destroy();
+        })();";
+    both(&daemon, 20 << 20, |way| {
+        let port = free_port();
+        let text = port.to_string();
+        let server = way.serve("node", &["-e", server, &text], port);
+        let client = way.run("node", &["-e", client, &text]);
+        (client.out.clone(), vec![client, server.stop()])
+    });
+}
+
+#[test]
+fn openssh_executes_itself_for_each_connection() {
+    let daemon = daemon();
+    let site = site();
+    let here = site.path().to_str().expect("a plain name");
+    let key = format!("{here}/key");
+    Way::Plain.run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &key]);
+    std::fs::create_dir_all("/run/sshd").expect("the folder in which sshd locks its children up");
+    // It wants its whole path, because it executes itself.
+    let sshd = find("sshd");
+    let large = format!("{here}/large");
+    both(&daemon, 4 << 20, |way| {
+        let port = free_port();
+        let configuration = format!(
+            "Port {port}\nListenAddress 127.0.0.1\nHostKey {key}\nAuthorizedKeysFile {key}.pub\nPidFile none\n\
+             StrictModes no\nUsePAM no\nPermitRootLogin yes\nSubsystem sftp internal-sftp\n"
+        );
+        let file = format!("{here}/sshd_config");
+        std::fs::write(&file, configuration).expect("a file");
+        let server = way.serve(sshd.to_str().expect("a plain name"), &["-D", "-e", "-f", &file], port);
+        let copy = |from: &str, to: &str| {
+            let options = ["-q", "-i", &key, "-P", &port.to_string(), "-o", "StrictHostKeyChecking=no"];
+            let options = [&options[..], &["-o", "UserKnownHostsFile=/dev/null", from, to]].concat();
+            way.run("scp", &options)
+        };
+        let (there, back) = (format!("{here}/there"), format!("{here}/back"));
+        let ran = vec![
+            copy(&large, &format!("root@127.0.0.1:{there}")),
+            copy(&format!("root@127.0.0.1:{there}"), &back),
+            server.stop(),
+        ];
+        let same = same(Path::new(&large), Path::new(&back));
+        let removed = [there, back].map(|file| std::fs::remove_file(file).is_ok());
+        ((same, removed), ran)
     });
 }
 

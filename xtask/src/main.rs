@@ -81,7 +81,7 @@ fn bench(args: &[String]) -> Result<()> {
 }
 
 /// Programs that are run with and without `dmbridge-run`, and the packages that bring them.
-const PROGRAMS: [(&str, &str); 10] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("iperf3", "iperf3"),
     ("sockperf", "sockperf"),
     ("redis-server", "redis-server"),
@@ -92,6 +92,8 @@ const PROGRAMS: [(&str, &str); 10] = [
     ("memcached", "memcached"),
     ("python3", "python3"),
     ("ip", "iproute2"),
+    ("node", "nodejs"),
+    ("sshd", "openssh-server"),
 ];
 
 fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {

@@ -21,16 +21,23 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
+mod back;
+pub use back::{Leaving, Staying, Step, after_fork, waiting};
+
 /// A piece of a long write that the peer is told of: it can read it while the next one is being written.
 const PIECE: usize = 128 << 10;
 /// What a gate says when it is closed: nobody enters the kernel as if the connection were TCP alone.
 const CLOSED: u32 = 1 << 31;
+/// What `put` says of a direction that is TCP again; no call of the kernel for a socket does.
+const BACK: c_int = libc::ENOTBLK;
 /// How long a call sleeps on a connection that an epoll instance watches too.
 const WATCHED: Duration = Duration::from_millis(10);
 /// So many bytes that woke may wait to be taken away, and are acknowledged together. TCP sends no more than ten segments,
 /// sometimes four, before an acknowledgement, which for a few bytes takes its time: a byte that has to wait for it would
 /// wake too late.
 const MOST_UNEATEN: u64 = 2;
+/// How long a writer sleeps at most before it looks whether its peer lives, where the kernel could not wake it for that.
+const MOST_PATIENCE: Duration = Duration::from_millis(20);
 /// An empty ring says nothing of a peer that has died; the kernel is asked again after so long.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -81,6 +88,16 @@ pub struct Conn {
     eof: AtomicBool,
     /// An error that TCP reported, or a peer that broke the protocol; 0: none.
     error: AtomicU32,
+    /// What the kernel calls the socket.
+    pub cookie: AtomicU64,
+    /// The process whose thread holds the rings and can bring the connection back; 0: none.
+    pub home: AtomicU32,
+    /// Processes that have it by `exec`, and thus not its rings.
+    pub strangers: AtomicU32,
+    /// The device at the other end, as the halves of its GID, and the token of its DMB.
+    pub peer: [AtomicU64; 3],
+    /// Somebody waits for the connection to come back; see `back.rs`.
+    pub wanted: AtomicU32,
     tx: Tx,
     rx: Rx,
 }
@@ -100,6 +117,10 @@ struct Tx {
     full: AtomicBool,
     /// A wake-up is owed that could not be sent because the direction had not switched.
     owed: AtomicBool,
+    /// Threads that send a byte to wake, and [`CLOSED`] once there are to be no more of them.
+    wakers: AtomicU32,
+    /// The direction is TCP again.
+    returned: AtomicBool,
     bytes: AtomicU64,
     spinner: UnsafeCell<Spinner>,
 }
@@ -116,8 +137,12 @@ struct Rx {
     seen: UnsafeCell<CursorWord>,
     /// All of TCP's data has been read: what comes next is in the ring.
     on_ring: AtomicBool,
+    /// The direction is TCP again.
+    returned: AtomicBool,
     /// Wake-up bytes that were read.
     eaten: AtomicU64,
+    /// A byte of the stream that was taken for one that wakes, with 0x100; 0: none.
+    stray: AtomicU32,
     /// Threads that sleep in the kernel for data.
     sleepers: AtomicU32,
     /// When the kernel was last asked, in ms.
@@ -139,6 +164,8 @@ pub struct Rings {
     pub remote_len: usize,
     pub line: *mut u8,
     pub plan: CopyPlan,
+    /// See [`Conn::peer`].
+    pub peer: [u64; 3],
 }
 
 impl Conn {
@@ -160,6 +187,11 @@ impl Conn {
         self.eof.store(false, Ordering::Relaxed);
         self.error.store(0, Ordering::Relaxed);
         self.watched.store(false, Ordering::Relaxed);
+        for word in [&self.home, &self.strangers, &self.wanted, &self.tx.wakers, &self.rx.stray] {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.tx.returned.store(false, Ordering::Relaxed);
+        self.rx.returned.store(false, Ordering::Relaxed);
         for at in [&self.local, &self.remote, &self.line] {
             at.store(null_mut(), Ordering::Relaxed);
         }
@@ -277,8 +309,13 @@ impl Conn {
         tcp::set_option(fd, libc::TCP_NODELAY, 1);
         tcp::set_plain_congestion_control(fd);
         self.set_nonblocking(tcp::is_nonblocking(fd));
-        self.change(State::Asking, State::Linked);
-        self.close_rx_gate();
+        for (to, number) in self.peer.iter().zip(rings.peer) {
+            to.store(number, Ordering::Relaxed);
+        }
+        self.home.store(std::process::id(), Ordering::Release);
+        if self.change(State::Asking, State::Linked) {
+            self.close_rx_gate();
+        }
     }
 
     fn local(&self) -> &Header {
@@ -330,11 +367,26 @@ impl Conn {
         self.tx.gate.load(Ordering::Acquire) & CLOSED != 0
     }
 
+    /// Whether this side's bytes go into the ring, and nowhere else.
+    #[inline]
+    fn tx_in_ring(&self) -> bool {
+        self.tx_switched() && !self.tx.returned.load(Ordering::Relaxed)
+    }
+
+    /// 1 + where in the peer's TCP stream its ring begins; 0: it has none yet, or no more.
+    #[inline]
+    fn ring_begins(&self) -> u64 {
+        if self.rx.returned.load(Ordering::Relaxed) { 0 } else { self.local().switch.load(Ordering::Acquire) }
+    }
+
     /// Switches the direction to the peer, if both sides' readers know of the rings and no thread writes to TCP now.
     #[inline]
     fn switch_tx(&self, fd: c_int) -> bool {
         self.tx_switched()
-            || (self.is_moved() && self.local().ready.load(Ordering::Acquire) != 0 && self.switch_tx_now(fd))
+            || (self.is_moved()
+                && self.local().ready.load(Ordering::Acquire) != 0
+                && !self.tx.returned.load(Ordering::Relaxed)
+                && self.switch_tx_now(fd))
     }
 
     #[cold]
@@ -342,6 +394,9 @@ impl Conn {
         let _lock = self.tx.lock.take();
         if self.tx_switched() {
             return true;
+        }
+        if self.tx.returned.load(Ordering::Relaxed) {
+            return false;
         }
         if self.tx.gate.compare_exchange(0, CLOSED, Ordering::SeqCst, Ordering::Relaxed).is_err() {
             return false;
@@ -384,11 +439,16 @@ impl Conn {
             }
             self.tx.owed.store(false, Ordering::SeqCst);
         }
+        if self.tx.wakers.fetch_add(1, Ordering::SeqCst) & CLOSED != 0 {
+            self.tx.wakers.fetch_sub(1, Ordering::SeqCst);
+            return;
+        }
         self.remote().wakes.fetch_add(1, Ordering::AcqRel);
         let sent = errno::keep(|| {
             // SAFETY: one byte of a literal.
             unsafe { errno::outcome(real::send(fd, c"".as_ptr().cast(), 1, MSG_DONTWAIT | MSG_NOSIGNAL)) }
         });
+        self.tx.wakers.fetch_sub(1, Ordering::SeqCst);
         if let Err(errno) = sent
             && errno != EAGAIN
         {
@@ -421,6 +481,7 @@ impl Conn {
         loop {
             match self.put(fd, from, flags) {
                 Ok(n) => done += n,
+                Err(BACK) => return self.send_by_tcp(fd, from, flags, done),
                 Err(_) if done != 0 => return Ok(done),
                 Err(errno) => return Err(errno),
             }
@@ -451,6 +512,9 @@ impl Conn {
         let ring = unsafe { &mut *self.tx.ring.get() };
         // SAFETY: written before the connection was linked.
         let plan = unsafe { *self.plan.get() };
+        if self.tx.returned.load(Ordering::Relaxed) {
+            return Err(BACK);
+        }
         loop {
             self.check_tx(fd, flags)?;
             if ring.free() == 0 || (done == 0 && (ring.free() as usize) < from.left()) {
@@ -492,6 +556,13 @@ impl Conn {
         while left != 0 && !ended {
             {
                 let _lock = self.tx.lock.take();
+                if self.tx.returned.load(Ordering::Relaxed) {
+                    drop(_lock);
+                    return match done {
+                        0 => self.flush(fd, self.nonblocking.load(Ordering::Relaxed)).err().map(Err),
+                        _ => Some(Ok(done)),
+                    };
+                }
                 // SAFETY: under the lock.
                 let ring = unsafe { &mut *self.tx.ring.get() };
                 if let Err(errno) = self.check_tx(fd, 0).and_then(|()| self.observe_room(ring)) {
@@ -603,6 +674,9 @@ impl Conn {
 
     /// Whether a write would find room. Without the lock.
     pub fn has_room(&self) -> bool {
+        if self.tx.returned.load(Ordering::Relaxed) {
+            return true;
+        }
         let ours = CursorWord::from_bits(self.tx.cursor.load(Ordering::Relaxed)).cursor;
         let theirs = self.local().cdc.load_cons().cursor;
         let size = self.tx.size.load(Ordering::Relaxed);
@@ -617,6 +691,7 @@ impl Conn {
             Err(start) => start,
         };
         let deadline = tcp::timeout(fd, libc::SO_SNDTIMEO).map(|t| Instant::now() + t);
+        let mut patience = Duration::from_millis(1);
         loop {
             self.local().arm(ROOM, 0);
             if self.has_room() || self.is_broken() {
@@ -641,13 +716,24 @@ impl Conn {
                     break;
                 }
             }
-            let longest =
-                if alone && !self.has_data() { Duration::from_millis(100) } else { Duration::from_millis(1) };
-            let left = deadline.map_or(longest, |d| longest.min(d.saturating_duration_since(Instant::now())));
-            let watch = if alone && !self.has_data() { libc::POLLIN } else { 0 };
+            let left = |longest: Duration| {
+                deadline.map_or(longest, |d| longest.min(d.saturating_duration_since(Instant::now())))
+            };
+            let (watch, longest) = if alone && !self.has_data() {
+                (libc::POLLIN, left(Duration::from_millis(100)))
+            } else {
+                let ready = || self.has_room() || self.is_broken();
+                let ended = self.local().sleep_for_room(left(patience), ready);
+                let interrupted = ended == Err(libc::EINTR) && !self.has_room();
+                if interrupted && (deadline.is_some() || !signal::restarts()) {
+                    return Err(libc::EINTR);
+                }
+                patience = (patience * 2).min(MOST_PATIENCE);
+                (0, Duration::ZERO)
+            };
             let mut wait = libc::pollfd { fd, events: watch, revents: 0 };
             // SAFETY: one pollfd.
-            let ready = unsafe { real::poll(&mut wait, 1, left.as_millis().max(1) as c_int) };
+            let ready = unsafe { real::poll(&mut wait, 1, longest.as_nanos().div_ceil(1_000_000) as c_int) };
             if ready < 0 && errno::get() != libc::EINTR {
                 return Err(errno::get());
             }
@@ -721,10 +807,11 @@ impl Conn {
     /// Reads what is there. `None`: nothing is, and more may come.
     fn get(&self, fd: c_int, to: &mut Writer<'_>, flags: c_int) -> Result<Option<usize>, c_int> {
         let _lock = self.rx.lock.take();
-        if !self.rx.on_ring.load(Ordering::Acquire)
-            && let Some(result) = self.get_tcp(fd, to, flags)
-        {
-            return result.map(Some);
+        if !self.rx.on_ring.load(Ordering::Acquire) {
+            self.return_rx_unused(fd);
+            if let Some(result) = self.get_tcp(fd, to, flags) {
+                return result.map(Some);
+            }
         }
         if !self.rx.on_ring.load(Ordering::Acquire) {
             return Ok(None);
@@ -741,6 +828,9 @@ impl Conn {
         }
         if (ring.available() as usize) < to.left() {
             self.observe_data(ring, seen)?;
+        }
+        if ring.available() == 0 && self.return_rx(fd, ring, seen)? {
+            return self.get_tcp(fd, to, flags).transpose();
         }
         if ring.available() == 0 {
             self.report(fd, ring);
@@ -817,6 +907,9 @@ impl Conn {
                 if let Err(errno) = self.observe_data(ring, seen) {
                     return Some(Err(errno));
                 }
+                if ring.available() == 0 && self.return_rx(fd, ring, seen) != Ok(false) {
+                    return None;
+                }
                 if ring.available() == 0
                     && let Some(end) = self.end(fd, seen)
                 {
@@ -854,6 +947,9 @@ impl Conn {
 
     /// Reads what TCP still has. `None`: nothing, or that was all, and `on_ring` says which.
     fn get_tcp(&self, fd: c_int, to: &mut Writer<'_>, flags: c_int) -> Option<Outcome> {
+        if let Some(stray) = self.take_stray(fd, to, flags) {
+            return Some(Ok(stray));
+        }
         let left = self.find_switch(fd);
         if left == Some(0) {
             return None;
@@ -865,7 +961,7 @@ impl Conn {
             errno::outcome(unsafe { real::recvmsg(fd, message, flags) })
         });
         // The peer may have switched just now.
-        let switched = self.local().switch.load(Ordering::Acquire) != 0;
+        let switched = self.ring_begins() != 0;
         let mut read = match read {
             Ok(0) | Err(EAGAIN) if switched => {
                 let _ = self.find_switch(fd);
@@ -882,7 +978,7 @@ impl Conn {
         };
         if left.is_none() && switched {
             // The peer switched while we read: bytes behind the position were to wake.
-            let at = self.local().switch.load(Ordering::Acquire) - 1;
+            let at = self.ring_begins().saturating_sub(1);
             let until = tcp::read(fd)?;
             let until = if flags & MSG_PEEK != 0 { until + read as u64 } else { until };
             let behind = until.saturating_sub(at).min(read as u64);
@@ -907,7 +1003,7 @@ impl Conn {
 
     /// How many bytes TCP still has before the peer's direction switched; `None` if it has not. Under the lock.
     fn find_switch(&self, fd: c_int) -> Option<u64> {
-        let switch = self.local().switch.load(Ordering::Acquire);
+        let switch = self.ring_begins();
         if switch == 0 {
             return None;
         }
@@ -948,6 +1044,9 @@ impl Conn {
 
     /// The ring is empty: whether nothing more will come. Under the lock. Takes away what was sent to wake.
     fn end(&self, fd: c_int, seen: &CursorWord) -> Option<Result<(), c_int>> {
+        if self.returns_rx() {
+            return None;
+        }
         if seen.state.contains(StateFlags::PEER_CONN_ABORT) {
             return Some(Err(ECONNRESET));
         }
@@ -963,24 +1062,37 @@ impl Conn {
         }
         let now = tcp::milliseconds();
         let due = now.wrapping_sub(self.rx.looked.load(Ordering::Relaxed)) >= LOOK.as_millis() as u64;
-        if due || self.local().wakes.load(Ordering::Acquire) != self.rx.eaten.load(Ordering::Relaxed) {
+        if due || self.uneaten() != 0 {
             self.rx.looked.store(now, Ordering::Relaxed);
             return self.eat(fd);
         }
         None
     }
 
-    /// Takes away what was sent to wake. Says whether TCP has ended.
+    /// Takes away what was sent to wake, and nothing behind it. Says whether TCP has ended.
     pub fn eat(&self, fd: c_int) -> Option<Result<(), c_int>> {
-        // TCP does not copy what is cut off.
+        // Who sleeps in the kernel takes it, and counts it later.
+        let sleeper = self.rx.sleepers.load(Ordering::SeqCst) != 0;
+        let there = if sleeper { 0 } else { self.uneaten() };
         let result = errno::keep(|| {
-            // SAFETY: no byte is written anywhere.
-            errno::outcome(unsafe { real::recv(fd, null_mut(), 1 << 16, MSG_DONTWAIT | MSG_TRUNC) })
+            let mut byte = 0u8;
+            // SAFETY: TCP does not copy what is cut off, and one byte is one byte.
+            errno::outcome(unsafe {
+                match there.min(1 << 16) as usize {
+                    0 => real::recv(fd, (&raw mut byte).cast(), 1, MSG_DONTWAIT | MSG_PEEK),
+                    there => real::recv(fd, null_mut(), there, MSG_DONTWAIT | MSG_TRUNC),
+                }
+            })
         });
         match result {
             Ok(0) => {
                 self.eof.store(true, Ordering::Release);
                 Some(Ok(()))
+            }
+            Ok(_) if there == 0 => {
+                // The direction is TCP again, or else this is a byte that nobody may send.
+                let known = sleeper || self.uneaten() != 0 || self.local().back.load(Ordering::SeqCst) != 0;
+                if known { None } else { Some(Err(self.break_off())) }
             }
             Ok(n) => {
                 self.ate(fd, n);
@@ -997,6 +1109,11 @@ impl Conn {
                 Some(Err(errno))
             }
         }
+    }
+
+    /// Bytes that were sent to wake, or are about to be, and were not taken away.
+    fn uneaten(&self) -> u64 {
+        self.local().wakes.load(Ordering::Acquire).wrapping_sub(self.rx.eaten.load(Ordering::Relaxed))
     }
 
     /// Bytes that were sent to wake were taken away.
@@ -1037,7 +1154,7 @@ impl Conn {
     /// Waits for data in the kernel, as `recv` does: with its timeout, its signals and its cancellation.
     fn wait_for_data(&self, fd: c_int, began: &mut Option<Instant>) -> Result<(), c_int> {
         let on_ring = self.rx.on_ring.load(Ordering::Acquire);
-        let ready = || self.has_data() && (on_ring || self.local().switch.load(Ordering::Acquire) != 0);
+        let ready = || self.has_data() && (on_ring || self.ring_begins() != 0);
         let ended = || self.eof.load(Ordering::Relaxed) || self.rx.shut.load(Ordering::Relaxed);
         let start = match crowd::spin(self.rx_spinner(), None, ready, ended) {
             Ok(()) => return Ok(()),
@@ -1060,20 +1177,23 @@ impl Conn {
             }
         } else if on_ring && sleepers == 0 {
             // What wakes is taken away at once.
-            let mut bytes = [0u8; 64];
-            // SAFETY: 64 bytes.
-            errno::outcome(unsafe { real::recv(fd, bytes.as_mut_ptr().cast(), bytes.len(), 0) }).map(Some)
+            let mut byte = 0u8;
+            // SAFETY: one byte.
+            errno::outcome(unsafe { real::recv(fd, (&raw mut byte).cast(), 1, 0) }).map(|n| Some((n, byte)))
         } else {
             let mut byte = 0u8;
             // SAFETY: one byte.
             errno::outcome(unsafe { real::recv(fd, (&raw mut byte).cast(), 1, MSG_PEEK) }).map(|_| None)
         };
+        match result {
+            Ok(Some((0, _))) => self.eof.store(true, Ordering::Release),
+            Ok(Some((_, byte))) => self.ate_one(fd, byte),
+            _ => {}
+        }
         self.rx.sleepers.fetch_sub(1, Ordering::SeqCst);
         crowd::slept(self.rx_spinner(), start);
         match result {
-            Ok(Some(0)) => self.eof.store(true, Ordering::Release),
-            Ok(Some(n)) => self.ate(fd, n),
-            Ok(None) => {}
+            Ok(_) => {}
             // The end is found by who looks at the ring.
             Err(ECONNRESET) if on_ring => self.eat_reset(),
             Err(errno) => return Err(errno),
@@ -1097,12 +1217,21 @@ impl Conn {
             return (0, libc::POLLIN | libc::POLLOUT);
         }
         let (mut ready, mut ask) = (0, 0);
-        if !self.rx.on_ring.load(Ordering::Acquire) && self.local().switch.load(Ordering::Acquire) != 0 {
+        if !self.rx.on_ring.load(Ordering::Acquire) && self.ring_begins() != 0 {
             let _lock = self.rx.lock.take();
             let _ = self.find_switch(fd);
         }
+        if self.rx.on_ring.load(Ordering::Acquire) && self.returns_rx() {
+            let _lock = self.rx.lock.take();
+            // SAFETY: under the lock.
+            let (ring, seen) = unsafe { (&mut *self.rx.ring.get(), &mut *self.rx.seen.get()) };
+            let _ = self.return_rx(fd, ring, seen);
+        }
         if !self.rx.on_ring.load(Ordering::Acquire) {
             ask |= libc::POLLIN;
+            if self.has_stray() {
+                ready |= libc::POLLIN;
+            }
         } else {
             if self.has_data() || self.eof.load(Ordering::Relaxed) || self.rx.shut.load(Ordering::Relaxed) {
                 ready |= libc::POLLIN;
@@ -1120,7 +1249,7 @@ impl Conn {
                 }
             }
         }
-        if !self.tx_switched() {
+        if !self.tx_in_ring() {
             ask |= libc::POLLOUT;
         } else if self.has_room() || self.is_broken() {
             ready |= libc::POLLOUT;
@@ -1136,10 +1265,7 @@ impl Conn {
         if self.rx.on_ring.load(Ordering::Acquire) {
             self.settle(fd);
             // The kernel would say again and again that there is a byte.
-            if !edges
-                && !self.has_data()
-                && self.local().wakes.load(Ordering::Acquire) != self.rx.eaten.load(Ordering::Relaxed)
-            {
+            if !edges && !self.has_data() && self.uneaten() != 0 {
                 self.eat(fd);
             }
         }
@@ -1147,7 +1273,7 @@ impl Conn {
         if events & (libc::POLLIN | libc::POLLRDHUP) != 0 {
             what |= DATA;
         }
-        if events & libc::POLLOUT != 0 && self.tx_switched() {
+        if events & libc::POLLOUT != 0 && self.tx_in_ring() {
             what |= ROOM;
         }
         if what != 0 {
@@ -1178,8 +1304,7 @@ impl Conn {
         if !self.rx.on_ring.load(Ordering::Acquire) {
             return;
         }
-        let waiting =
-            self.local().wakes.load(Ordering::Acquire).wrapping_sub(self.rx.eaten.load(Ordering::Relaxed));
+        let waiting = self.uneaten();
         // A byte that was counted and has not come yet does not matter.
         if !ended && waiting != 0 && waiting < MOST_UNEATEN {
             return;
@@ -1204,7 +1329,7 @@ impl Conn {
 
     /// Whether the kernel knows nothing of room.
     pub fn tx_on_ring(&self) -> bool {
-        self.is_moved() && self.tx_switched()
+        self.is_moved() && self.tx_in_ring()
     }
 
     /// The kernel said that there is something to read: it may be an end, or a byte that was sent to wake.
@@ -1229,7 +1354,7 @@ impl Conn {
     }
 
     pub fn is_full(&self) -> bool {
-        self.tx_switched() && !self.has_room() && !self.is_broken()
+        self.tx_in_ring() && !self.has_room() && !self.is_broken()
     }
 
     /// For waits of several descriptors.
@@ -1259,7 +1384,7 @@ impl Conn {
 
     /// Bytes that the peer has not taken, as SIOCOUTQ says.
     pub fn unread(&self) -> Option<usize> {
-        if !self.tx_switched() {
+        if !self.tx_in_ring() {
             return None;
         }
         let ours = CursorWord::from_bits(self.tx.cursor.load(Ordering::Relaxed)).cursor;
@@ -1280,6 +1405,9 @@ impl Conn {
         }
         if how == libc::SHUT_RD || !self.switch_tx(fd) {
             return Some(how);
+        }
+        if self.tx.returned.load(Ordering::Acquire) {
+            return self.shut_after_flush(fd, how);
         }
         self.say(StateFlags::PEER_DONE_WRITING);
         let woke = self.remote().take(DATA | ROOM);
@@ -1324,6 +1452,8 @@ impl Conn {
         let state = StateFlags::PEER_DONE_WRITING | StateFlags::PEER_CONN_CLOSED;
         let aborts = unread || tcp::resets_at_close(fd);
         self.say(if aborts { state | StateFlags::PEER_CONN_ABORT } else { state });
+        // The kernel wakes who sleeps in it; here are the others.
+        let _ = self.remote().take(ROOM);
         unread
     }
 
@@ -1331,7 +1461,7 @@ impl Conn {
         let _lock = self.tx.lock.take();
         let state = StateFlags::from_bits_truncate(self.tx.state.load(Ordering::Relaxed)) | state;
         self.tx.state.store(state.bits(), Ordering::Relaxed);
-        if self.tx_switched() {
+        if self.tx_in_ring() {
             // SAFETY: under the lock.
             let cursor = unsafe { (*self.tx.ring.get()).cursor() };
             self.remote().cdc.store_prod(CursorWord { cursor, producer: ProducerFlags::empty(), state });

@@ -8,10 +8,10 @@
 
 use crate::conn::{Conn, State};
 use crate::crowd;
-use crate::errno;
 use crate::lock::Lock;
 use crate::real;
 use crate::table::{self, Entry, Kind};
+use crate::{errno, handover};
 use dmbridge::Spinner;
 use libc::{
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLEXCLUSIVE, EPOLLHUP, EPOLLIN,
@@ -150,7 +150,7 @@ impl Registrations {
 
     /// See `hold`.
     pub fn release(&self) {
-        self.lock.reset();
+        self.lock.release();
     }
 }
 
@@ -246,7 +246,7 @@ impl Set {
 
     /// See `hold`.
     pub fn release(&self) {
-        self.lock.reset();
+        self.lock.release();
     }
 
     fn spinner(&self) -> &Spinner {
@@ -470,7 +470,7 @@ impl Set {
 fn converted(fd: c_int) -> Option<(&'static Entry, &'static Conn)> {
     let entry = table::get(fd)?;
     let conn = entry.conn()?;
-    (conn.state() == State::Linked || conn.state() == State::Asking).then_some((entry, conn))
+    matches!(conn.state(), State::Linked | State::Asking | State::Over).then_some((entry, conn))
 }
 
 impl Registration {
@@ -617,6 +617,23 @@ pub fn convert(fd: c_int, entry: &Entry) {
     }
 }
 
+/// A direction is TCP again: the kernel is asked for what the program waits for, and everything is told once more.
+pub fn renew(fd: c_int, entry: &Entry) {
+    let (Some(conn), Some(registrations)) = (entry.conn(), entry.registrations()) else { return };
+    let sets: Vec<_> = registrations.with(|inner| {
+        let renewed = inner.list.iter_mut().filter(|r| r.converted).filter_map(|r| {
+            (r.told, r.tell_room) = (u64::MAX, true);
+            r.sync(fd, conn);
+            table::get(r.epoll)?.set()
+        });
+        renewed.collect()
+    });
+    for set in sets {
+        set.heat(fd);
+        set.ring();
+    }
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn epoll_create(size: c_int) -> c_int {
     // SAFETY: the program's call.
@@ -646,6 +663,7 @@ unsafe extern "C-unwind" fn epoll_ctl(
     // SAFETY: the program's call.
     let plain = || unsafe { real::epoll_ctl(epoll, operation, fd, event) };
     let Some(entry) = table::get(fd) else { return plain() };
+    handover::claim_if_strange(fd);
     match entry.kind() {
         Kind::Socket | Kind::Open | Kind::Conn => {}
         Kind::Epoll => {

@@ -4,7 +4,7 @@ use crate::conn::Conn;
 use crate::errno::{Outcome, give, outcome};
 use crate::iov;
 use crate::table::{self, Entry, Kind};
-use crate::{errno, real, service};
+use crate::{errno, handover, real, service};
 use libc::{
     EINVAL, MSG_DONTWAIT, MSG_OOB, c_int, c_void, iovec, loff_t, mmsghdr, msghdr, off_t, size_t, sockaddr,
     socklen_t, ssize_t, timespec,
@@ -62,6 +62,10 @@ fn carry<C: FnOnce() -> Outcome>(fd: c_int, call: C, carried: impl FnOnce(&Conn,
             }
             _ => call(),
         },
+        Kind::Stranger => {
+            handover::claim(fd, entry);
+            carry(fd, call, carried)
+        }
         _ => call(),
     }
 }
@@ -229,6 +233,7 @@ unsafe extern "C-unwind" fn recvmmsg(
     flags: c_int,
     timeout: *mut timespec,
 ) -> c_int {
+    handover::claim_if_strange(fd);
     if table::conn(fd).is_none_or(|conn| conn.is_over()) {
         // SAFETY: the program's call.
         return unsafe { real::recvmmsg(fd, messages, count, flags, timeout) };
@@ -304,6 +309,8 @@ unsafe extern "C-unwind" fn sendto(
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: the program's message.
+    unsafe { handover::before_message(message) };
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::sendmsg(fd, message, flags) });
     if !table::is_ours(fd) {
@@ -316,7 +323,12 @@ unsafe extern "C-unwind" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn sendmmsg(fd: c_int, messages: *mut mmsghdr, count: u32, flags: c_int) -> c_int {
+    handover::claim_if_strange(fd);
     if table::conn(fd).is_none_or(|conn| conn.is_over()) {
+        for i in 0..count.min(1024) as usize {
+            // SAFETY: the program's array, of messages.
+            unsafe { handover::before_message(&raw const (*messages.add(i)).msg_hdr) };
+        }
         // SAFETY: the program's call.
         return unsafe { real::sendmmsg(fd, messages, count, flags) };
     }

@@ -42,6 +42,25 @@ impl<'a> Walk<'a> {
     }
 }
 
+impl Walk<'_> {
+    /// Hands at most `most` of what is left to a call of the kernel, without going on.
+    fn call(mut self, most: usize, call: impl FnOnce(*mut msghdr) -> Outcome) -> Outcome {
+        let mut pieces = [const { iovec { iov_base: null_mut(), iov_len: 0 } }; 16];
+        let mut count = 0;
+        self.step(most.min(self.left), |at, len| {
+            if count < pieces.len() {
+                pieces[count] = iovec { iov_base: at.cast(), iov_len: len };
+                count += 1;
+            }
+        });
+        // SAFETY: all-zero bytes are a msghdr.
+        let mut message: msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = pieces.as_mut_ptr();
+        message.msg_iovlen = count as _;
+        call(&mut message)
+    }
+}
+
 /// What a program sends.
 pub struct Reader<'a>(Walk<'a>);
 
@@ -95,6 +114,18 @@ impl<'a> Reader<'a> {
     }
 }
 
+impl Reader<'_> {
+    /// Has a call of the kernel send of what is left, without going on.
+    pub fn call(&self, call: impl FnOnce(*mut msghdr) -> Outcome) -> Outcome {
+        self.0.call(usize::MAX, call)
+    }
+
+    /// The next `len` bytes were sent.
+    pub fn skip(&mut self, len: usize) {
+        self.0.step(len, |_, _| {});
+    }
+}
+
 impl<'a> Writer<'a> {
     pub fn new(all: &'a [iovec]) -> Writer<'a> {
         Writer(Walk::new(all))
@@ -125,19 +156,6 @@ impl<'a> Writer<'a> {
 
     /// Has a call of the kernel fill at most `most` of what is left, without going on.
     pub fn call(&self, most: usize, call: impl FnOnce(*mut msghdr) -> Outcome) -> Outcome {
-        let mut pieces = [const { iovec { iov_base: null_mut(), iov_len: 0 } }; 16];
-        let mut count = 0;
-        let mut walk = self.0;
-        walk.step(most.min(walk.left), |to, len| {
-            if count < pieces.len() {
-                pieces[count] = iovec { iov_base: to.cast(), iov_len: len };
-                count += 1;
-            }
-        });
-        // SAFETY: all-zero bytes are a msghdr.
-        let mut message: msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = pieces.as_mut_ptr();
-        message.msg_iovlen = count as _;
-        call(&mut message)
+        self.0.call(most, call)
     }
 }

@@ -9,6 +9,7 @@ mod conn;
 mod crowd;
 mod epoll;
 mod errno;
+mod handover;
 mod header;
 mod identity;
 mod io;
@@ -40,6 +41,7 @@ extern "C" fn start() {
     settings::get();
     stats::get();
     service::set_process();
+    handover::inherit();
     // SAFETY: the handlers take no arguments. Without memory for them forks go unnoticed; nothing else is left to try.
     unsafe {
         libc::pthread_atfork(

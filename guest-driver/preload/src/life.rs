@@ -2,7 +2,7 @@
 
 use crate::conn::State;
 use crate::table::{self, Entry, Kind};
-use crate::{arena, errno, real, service, stats, tcp};
+use crate::{arena, errno, handover, real, service, stats, tcp};
 use libc::{
     AF_INET, AF_INET6, F_DUPFD, F_DUPFD_CLOEXEC, F_SETFL, FIONBIO, FIONREAD, IPPROTO_TCP, O_ASYNC,
     O_NONBLOCK, SO_RCVLOWAT, SO_ZEROCOPY, SOCK_STREAM, SOL_SOCKET, TCP_CORK, TCP_NODELAY, TCP_ULP, TIOCOUTQ,
@@ -90,9 +90,16 @@ fn copied(from: c_int, to: c_int) {
                 entry.start(to, Kind::Never, false);
             }
         },
+        Kind::Stranger => {
+            let Some(conn) = arena::conn(source.conn_index()) else { return };
+            arena::add_descriptor(source.conn_index());
+            conn.strangers.fetch_add(1, Ordering::AcqRel);
+            entry.set_conn(to, source.conn_index(), conn.is_active());
+            entry.set_kind(Kind::Stranger);
+        }
         // What a copy of a listener or an unconnected socket becomes is not followed; accept finds out.
         Kind::Socket | Kind::Never => entry.start(to, Kind::Never, false),
-        Kind::Epoll | Kind::Other => {}
+        Kind::Epoll | Kind::Ours | Kind::Other => {}
     }
 }
 
@@ -146,11 +153,25 @@ fn closing(fd: c_int) {
     if kind == Kind::Other || service::is_borrowed() {
         return;
     }
+    if kind == Kind::Ours {
+        return arena::make_way(fd);
+    }
     errno::keep(|| {
         if let (Kind::Epoll, Some(set)) = (kind, entry.set()) {
             set.close(fd);
         }
         let conn = entry.conn().map(|conn| (entry.conn_index(), conn));
+        if kind == Kind::Stranger
+            && let Some(conn) = arena::conn(entry.conn_index())
+        {
+            conn.strangers.fetch_sub(1, Ordering::AcqRel);
+            if arena::remove_descriptor(entry.conn_index()) {
+                conn.remove_ref();
+            }
+        }
+        if let Some((_, conn)) = conn.filter(|(index, _)| arena::descriptors(*index) == 1) {
+            handover::before_leaving(conn, fd);
+        }
         if let Some(registrations) = entry.registrations() {
             registrations.clear();
         }
@@ -163,6 +184,8 @@ fn closing(fd: c_int) {
             service::closed(index, conn);
         } else {
             // Other processes go on, or have ended without a word.
+            let own = std::process::id();
+            let _ = conn.home.compare_exchange(own, 0, Ordering::AcqRel, Ordering::Relaxed);
             conn.leave(fd);
             service::left(index);
         }
@@ -171,6 +194,11 @@ fn closing(fd: c_int) {
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
+    if table::get(fd).is_some_and(|entry| entry.kind() == Kind::Ours) {
+        // A program that closes all numbers there are.
+        errno::set(libc::EBADF);
+        return -1;
+    }
     closing(fd);
     // SAFETY: the program's call.
     unsafe { real::close(fd) }
@@ -182,14 +210,33 @@ unsafe extern "C-unwind" fn close_range(first: u32, last: u32, flags: c_int) -> 
     if flags & CLOEXEC == 0 {
         all_closing(first, last);
     }
-    // SAFETY: the program's call.
-    unsafe { real::close_range(first, last, flags) }
+    // SAFETY: the program's call, in pieces.
+    around_ours(first, last, |first, last| unsafe { real::close_range(first, last, flags) })
+}
+
+/// Does `call` for a range of descriptors without ours.
+fn around_ours(mut first: u32, last: u32, mut call: impl FnMut(u32, u32) -> c_int) -> c_int {
+    let mut ours = arena::files().map(|fd| u32::try_from(fd).unwrap_or(u32::MAX));
+    ours.sort_unstable();
+    for own in ours {
+        if !(first..=last).contains(&own) || own == u32::MAX {
+            continue;
+        }
+        if own > first {
+            call(first, own - 1);
+        }
+        if own == last {
+            return 0;
+        }
+        first = own + 1;
+    }
+    call(first, last)
 }
 
 fn all_closing(first: u32, last: u32) {
-    for (fd, _) in table::all()
-        .filter(|(fd, entry)| (first..=last).contains(&(*fd as u32)) && entry.kind() != Kind::Other)
-    {
+    for (fd, _) in table::all().filter(|(fd, entry)| {
+        (first..=last).contains(&(*fd as u32)) && !matches!(entry.kind(), Kind::Other | Kind::Ours)
+    }) {
         closing(fd);
     }
 }
@@ -199,8 +246,8 @@ unsafe extern "C-unwind" fn closefrom(first: c_int) {
     let first = first.max(0) as u32;
     all_closing(first, u32::MAX);
     // SAFETY: the program's call.
-    if unsafe { real::close_range(first, u32::MAX, 0) } != 0 {
-        for fd in first..table::limit() {
+    if around_ours(first, u32::MAX, |first, last| unsafe { real::close_range(first, last, 0) }) != 0 {
+        for fd in (first..table::limit()).filter(|fd| !arena::files().contains(&(*fd as c_int))) {
             // SAFETY: as above.
             unsafe { real::close(fd as c_int) };
         }
@@ -209,6 +256,7 @@ unsafe extern "C-unwind" fn closefrom(first: c_int) {
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn shutdown(fd: c_int, how: c_int) -> c_int {
+    handover::claim_if_strange(fd);
     let rest = match table::conn(fd) {
         Some(conn) if (0..=2).contains(&how) => conn.shutdown(fd, how),
         _ => Some(how),
@@ -222,6 +270,7 @@ unsafe extern "C-unwind" fn shutdown(fd: c_int, how: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn fdopen(fd: c_int, mode: *const c_char) -> *mut libc::FILE {
+    handover::claim_if_strange(fd);
     if let Some(entry) = table::get(fd).filter(|entry| matches!(entry.kind(), Kind::Open | Kind::Conn)) {
         // A FILE reads, writes and closes inside of the C library, where nobody sees it.
         match entry.conn() {
@@ -283,6 +332,7 @@ fn stay(fd: c_int) {
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_int {
+    handover::claim_if_strange(fd);
     if let Some(conn) = table::conn(fd) {
         let answer = match request {
             FIONREAD => conn.readable(fd),
@@ -316,6 +366,7 @@ unsafe extern "C-unwind" fn setsockopt(
     len: socklen_t,
 ) -> c_int {
     if table::is_ours(fd) {
+        handover::claim_if_strange(fd);
         let moved = table::conn(fd).filter(|conn| conn.state() == State::Linked);
         let int = || {
             // SAFETY: the program's value, of `len` bytes.
@@ -382,6 +433,11 @@ pub extern "C" fn before_fork() {
         for (_, conn) in arena::of_this_process() {
             conn.add_ref();
         }
+        for (_, entry) in table::all().filter(|(_, entry)| entry.kind() == Kind::Stranger) {
+            if let Some(conn) = arena::conn(entry.conn_index()) {
+                conn.strangers.fetch_add(1, Ordering::AcqRel);
+            }
+        }
         hold(true);
     });
 }
@@ -409,76 +465,6 @@ fn hold(on: bool) {
     }
 }
 
-/// Runs an `exec` in a child: what it closes is no longer held by two processes.
-fn exec(call: impl FnOnce() -> c_int) -> c_int {
-    if service::is_borrowed() {
-        return call();
-    }
-    let closes = |fd: c_int| {
-        // SAFETY: F_GETFD takes no argument.
-        let flags = unsafe { real::fcntl(fd, libc::F_GETFD, 0) };
-        flags >= 0 && flags & libc::FD_CLOEXEC != 0
-    };
-    let gone: Vec<_> = errno::keep(|| {
-        let all_close = |of: u32| {
-            table::all()
-                .filter(|(_, e)| e.kind() == Kind::Conn && e.conn_index() == of)
-                .all(|(fd, _)| closes(fd))
-        };
-        arena::of_this_process().filter(|(i, conn)| conn.refs() > 1 && all_close(*i)).collect()
-    });
-    for (_, conn) in &gone {
-        conn.remove_ref();
-    }
-    let result = call();
-    for (_, conn) in &gone {
-        conn.add_ref();
-    }
-    result
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn execve(
-    path: *const c_char,
-    args: *const *const c_char,
-    environment: *const *const c_char,
-) -> c_int {
-    // SAFETY: the program's call.
-    exec(|| unsafe { real::execve(path, args, environment) })
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn execv(path: *const c_char, args: *const *const c_char) -> c_int {
-    // SAFETY: the program's call.
-    exec(|| unsafe { real::execv(path, args) })
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn execvp(path: *const c_char, args: *const *const c_char) -> c_int {
-    // SAFETY: the program's call.
-    exec(|| unsafe { real::execvp(path, args) })
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn execvpe(
-    path: *const c_char,
-    args: *const *const c_char,
-    environment: *const *const c_char,
-) -> c_int {
-    // SAFETY: the program's call.
-    exec(|| unsafe { real::execvpe(path, args, environment) })
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn fexecve(
-    fd: c_int,
-    args: *const *const c_char,
-    environment: *const *const c_char,
-) -> c_int {
-    // SAFETY: the program's call.
-    exec(|| unsafe { real::fexecve(fd, args, environment) })
-}
-
 impl Entry {
     /// This process has connected the socket.
     fn connected(&self) {
@@ -494,7 +480,7 @@ pub extern "C" fn at_exit() {
     if service::is_borrowed() {
         return;
     }
-    for (fd, _) in table::all().filter(|(_, entry)| entry.kind() == Kind::Conn) {
+    for (fd, _) in table::all().filter(|(_, e)| matches!(e.kind(), Kind::Conn | Kind::Stranger)) {
         closing(fd);
     }
 }

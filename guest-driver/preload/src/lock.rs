@@ -1,36 +1,105 @@
 //! A lock in memory that processes share. Nothing blocks in the kernel for something else while it is held.
+//!
+//! It names the thread that holds it: a process may be killed at any moment, and those that share a connection with it go
+//! on. What the lock guards is then as that thread left it, and every step of it leaves something that can be used.
 
+use crate::errno;
+use libc::c_int;
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-/// 0: free, 1: held, 2: held and somebody waits.
+/// Somebody waits. The other bits are the holder's thread id; 0: free.
+const WAITED: u32 = 1 << 31;
+/// How long to wait before looking whether the holder lives.
+const PATIENCE: Duration = Duration::from_millis(100);
+
 #[repr(transparent)]
 pub struct Lock(AtomicU32);
 
 /// Frees the lock when dropped.
 pub struct Guard<'a>(&'a Lock);
 
+thread_local! {
+    static THREAD: Cell<u32> = const { Cell::new(0) };
+}
+
+/// This thread's id.
+#[inline]
+fn thread() -> u32 {
+    THREAD.with(|thread| match thread.get() {
+        0 => {
+            // SAFETY: takes nothing, and cannot fail.
+            let id = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
+            thread.set(id);
+            id
+        }
+        id => id,
+    })
+}
+
+/// In a fork's child: this thread is another one. It asks now, because it may forbid itself to ask later.
+pub fn after_fork() {
+    THREAD.with(|thread| thread.set(0));
+    thread();
+}
+
 impl Lock {
     /// Takes it.
     #[inline]
     pub fn take(&self) -> Guard<'_> {
-        if self.0.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_err() {
-            self.take_slowly();
+        let own = thread();
+        if self.0.compare_exchange(0, own, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            self.take_slowly(own);
         }
         Guard(self)
     }
 
+    /// Takes it, if nobody has it.
+    pub fn try_take(&self) -> Option<Guard<'_>> {
+        let taken = self.0.compare_exchange(0, thread(), Ordering::Acquire, Ordering::Relaxed);
+        taken.is_ok().then(|| Guard(self))
+    }
+
     #[cold]
-    fn take_slowly(&self) {
+    fn take_slowly(&self, own: u32) {
         for _ in 0..100 {
             if self.0.load(Ordering::Relaxed) == 0
-                && self.0.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
+                && self.0.compare_exchange(0, own, Ordering::Acquire, Ordering::Relaxed).is_ok()
             {
                 return;
             }
             std::hint::spin_loop();
         }
-        while self.0.swap(2, Ordering::Acquire) != 0 {
-            futex(&self.0, libc::FUTEX_WAIT, 2);
+        loop {
+            let seen = self.0.load(Ordering::Relaxed);
+            // Who has waited does not know whether others wait.
+            if seen == 0 {
+                if self.0.compare_exchange(0, own | WAITED, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                    return;
+                }
+                continue;
+            }
+            let waited = seen | WAITED;
+            if seen != waited
+                && self.0.compare_exchange(seen, waited, Ordering::Relaxed, Ordering::Relaxed).is_err()
+            {
+                continue;
+            }
+            if wait(&self.0, waited, PATIENCE) == Err(libc::ETIMEDOUT)
+                && !is_alive(waited & !WAITED)
+                && self.0.compare_exchange(waited, own | WAITED, Ordering::Acquire, Ordering::Relaxed).is_ok()
+            {
+                return;
+            }
+        }
+    }
+
+    /// Frees what was taken and whose guard was forgotten.
+    #[inline]
+    pub fn release(&self) {
+        if self.0.swap(0, Ordering::Release) & WAITED != 0 {
+            wake(&self.0, 1);
         }
     }
 
@@ -43,23 +112,30 @@ impl Lock {
 impl Drop for Guard<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.0.0.swap(0, Ordering::Release) == 2 {
-            futex(&self.0.0, libc::FUTEX_WAKE, 1);
-        }
+        self.0.release();
     }
 }
 
-fn futex(word: &AtomicU32, operation: i32, value: u32) {
-    crate::errno::keep(|| {
-        // SAFETY: the word is valid; no timeout. Whatever comes back, the caller looks again.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                word.as_ptr(),
-                operation,
-                value,
-                std::ptr::null::<libc::timespec>(),
-            )
-        }
-    });
+fn is_alive(thread: u32) -> bool {
+    // SAFETY: signal 0 is none. Whose it is does not matter: EPERM says that it is there.
+    errno::keep(|| unsafe { libc::kill(thread as i32, 0) } == 0 || errno::get() != libc::ESRCH)
+}
+
+/// Sleeps as long as the word is `value`, until it is woken, or for so long. Says as an errno what else ended it.
+pub fn wait(word: &AtomicU32, value: u32, longest: Duration) -> Result<(), c_int> {
+    let time =
+        libc::timespec { tv_sec: longest.as_secs() as i64, tv_nsec: i64::from(longest.subsec_nanos()) };
+    errno::keep(|| {
+        // SAFETY: the word is valid, and so is the timeout.
+        let result = unsafe {
+            libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const time)
+        };
+        if result == 0 { Ok(()) } else { Err(errno::get()) }
+    })
+}
+
+/// Wakes so many that sleep by `wait`, in whatever process.
+pub fn wake(word: &AtomicU32, most: i32) {
+    // SAFETY: the word is valid.
+    errno::keep(|| unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, most) });
 }

@@ -20,7 +20,7 @@ use dmbridge::Token;
 use sha2::{Digest, Sha256};
 
 /// What both ends have to speak.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 
 /// What is said in one turn.
 pub type Words = [u8; 32];

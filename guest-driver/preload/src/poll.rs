@@ -3,7 +3,7 @@
 use crate::conn::Conn;
 use crate::epoll::Until;
 use crate::table::{self, Kind};
-use crate::{crowd, errno, real};
+use crate::{crowd, errno, handover, real};
 use libc::{
     POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec, timeval,
@@ -48,6 +48,7 @@ fn look(fds: &mut [pollfd]) -> c_int {
 
 /// Polls. The array is the program's.
 fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
+    fds.iter().for_each(|at| handover::claim_if_strange(at.fd));
     if !fds.iter().any(|at| needs_us(at.fd)) {
         let count = kernel(fds, until);
         // One that was TCP when we went to sleep may have been woken by a byte that means nothing to the program.

@@ -2,7 +2,7 @@
 
 use libc::{
     c_char, c_int, c_ulong, c_void, epoll_event, fd_set, iovec, loff_t, mmsghdr, msghdr, nfds_t, off_t,
-    pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t, timespec, timeval,
+    pid_t, pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t, timespec, timeval,
 };
 use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -83,9 +83,10 @@ real! {
     fn epoll_pwait(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: c_int, mask: *const sigset_t) -> c_int;
     fn epoll_pwait2(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: *const timespec, mask: *const sigset_t) -> c_int;
     fn execve(path: *const c_char, args: *const *const c_char, environment: *const *const c_char) -> c_int;
-    fn execv(path: *const c_char, args: *const *const c_char) -> c_int;
-    fn execvp(path: *const c_char, args: *const *const c_char) -> c_int;
     fn execvpe(path: *const c_char, args: *const *const c_char, environment: *const *const c_char) -> c_int;
+    fn posix_spawn(pid: *mut pid_t, path: *const c_char, actions: *const c_void, attributes: *const c_void, args: *const *const c_char, environment: *const *const c_char) -> c_int;
+    fn posix_spawnp(pid: *mut pid_t, path: *const c_char, actions: *const c_void, attributes: *const c_void, args: *const *const c_char, environment: *const *const c_char) -> c_int;
+    fn posix_spawn_file_actions_adddup2(actions: *mut c_void, from: c_int, to: c_int) -> c_int;
     fn fexecve(fd: c_int, args: *const *const c_char, environment: *const *const c_char) -> c_int;
 }
 

@@ -4,7 +4,7 @@
 //! Two ends meet by what both know of the connection, each registers a DMB for the other and says its token (`meeting`), each
 //! attaches the other's: then the connection is linked, and its directions switch when they are used next.
 
-use crate::conn::{Conn, Rings, State};
+use crate::conn::{self, Conn, Leaving, Rings, State, Staying, Step};
 use crate::header::SIZE;
 use crate::identity::{Identity, Key};
 use crate::lock::Lock;
@@ -12,7 +12,7 @@ use crate::meeting::{Hello, Offer, Words};
 use crate::settings::{self, Place};
 use crate::table::{self, Entry, Kind};
 use crate::tcp::Counts;
-use crate::{arena, epoll, stats, tcp, verbose};
+use crate::{arena, epoll, handover, lock, stats, tcp, verbose};
 use dmbridge::{Device, Dmb, Event, Events, Gid, RemoteDmb};
 use dmbridge_proto::shm::CopyPlan;
 use dmbridge_proto::status::Status;
@@ -37,6 +37,8 @@ const SMALL: usize = 128 << 10;
 /// Ring of a connection that has brought [`MUCH`].
 const LARGE: usize = 1 << 20;
 const MUCH: u64 = 16 << 10;
+/// The event that says: one of my connections goes back to TCP.
+const BACK: u32 = u32::from_be_bytes(*b"back");
 
 /// Something for the thread to do.
 enum Task {
@@ -46,11 +48,15 @@ enum Task {
     Closed { index: u32 },
     /// The last descriptor of this process was closed.
     Left { index: u32 },
+    /// Some connection of this process is wanted back.
+    Listen,
 }
 
 struct Queue {
     tasks: Mutex<VecDeque<Task>>,
     bell: OwnedFd,
+    /// An epoll instance that says when a process of the family called: each of them is told, and none takes it away.
+    calls: OwnedFd,
 }
 
 struct Service {
@@ -82,6 +88,8 @@ pub fn is_borrowed() -> bool {
 /// In a fork's child: the thread is not here.
 pub fn after_fork() {
     SERVICE.lock.reset();
+    lock::after_fork();
+    conn::after_fork();
     set_process();
 }
 
@@ -91,7 +99,7 @@ fn send(task: Task) -> bool {
     let current = unsafe { &mut *SERVICE.queue.get() };
     let pid = PID.load(Ordering::Relaxed);
     if current.as_ref().is_none_or(|(of, _)| *of != pid) {
-        if !matches!(task, Task::Find { .. }) {
+        if !matches!(task, Task::Find { .. } | Task::Listen) {
             return false;
         }
         // A parent's queue is left as it is: a lock in it may be held by a thread that is not here.
@@ -116,7 +124,17 @@ fn start() -> Option<Arc<Queue>> {
         }
         OwnedFd::from_raw_fd(fd)
     };
-    let queue = Arc::new(Queue { tasks: Mutex::default(), bell });
+    // SAFETY: a new descriptor, ours, with that of the arena.
+    let calls = unsafe {
+        let fd = libc::epoll_create1(libc::EPOLL_CLOEXEC);
+        if fd < 0 {
+            return None;
+        }
+        let mut event = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET) as u32, u64: 0 };
+        crate::real::epoll_ctl(fd, libc::EPOLL_CTL_ADD, arena::files()[1], &mut event);
+        OwnedFd::from_raw_fd(fd)
+    };
+    let queue = Arc::new(Queue { tasks: Mutex::default(), bell, calls });
     let worker = queue.clone();
     // Signals are the program's.
     // SAFETY: signal sets of our own.
@@ -176,6 +194,7 @@ pub fn conn_of(fd: c_int, entry: &Entry) -> Option<(u32, &'static Conn)> {
     }
     let (index, conn) = arena::allocate()?;
     conn.set_active(entry.is_active());
+    conn.cookie.store(tcp::cookie(fd).unwrap_or(0), Ordering::Relaxed);
     arena::add_descriptor(index);
     entry.set_conn(fd, index, entry.is_active());
     fence(Ordering::SeqCst);
@@ -208,6 +227,16 @@ pub fn left(index: u32) {
     send(Task::Left { index });
 }
 
+/// The process that could call the connection back (`gone`) has closed it, or has ended: this one does it, if it can.
+pub fn call_back(conn: &Conn, gone: u32) -> bool {
+    if is_borrowed() || !table::has_rings(conn) {
+        return false;
+    }
+    let own = std::process::id();
+    let _ = conn.home.compare_exchange(gone, own, Ordering::AcqRel, Ordering::Relaxed);
+    send(Task::Listen)
+}
+
 /// Two ends that are about to meet.
 struct Meeting {
     index: u32,
@@ -220,6 +249,8 @@ struct Meeting {
     before: Counts,
     hello: Hello,
     offered: Option<Offered>,
+    /// What the other end offered, while several processes have the socket: some of them are about to close it.
+    late: Option<(Gid, Words)>,
 }
 
 /// What one of them has offered to the other.
@@ -260,11 +291,16 @@ struct Held {
     _remote: RemoteDmb,
 }
 
+/// Connections that go back to TCP, since when, and what is held for it.
+type Returning<T> = HashMap<u32, (Instant, Option<T>)>;
+
 struct Worker {
     queue: Arc<Queue>,
     device: Option<(Device, Events)>,
     meetings: HashMap<u32, Meeting>,
     held: HashMap<u32, Held>,
+    leaving: Returning<Leaving>,
+    staying: Returning<Staying>,
     next: u32,
     /// When it was looked whether the program has an io_uring, and what was seen.
     io_uring: Option<(Instant, bool)>,
@@ -277,6 +313,8 @@ impl Worker {
             device: None,
             meetings: HashMap::new(),
             held: HashMap::new(),
+            leaving: HashMap::new(),
+            staying: HashMap::new(),
             next: 0,
             io_uring: None,
         }
@@ -295,31 +333,105 @@ impl Worker {
                             held.left = true;
                         }
                     }
+                    Some(Task::Listen) => self.listen(),
                     None => break,
                 }
             }
             self.take_events();
             self.give_up();
             self.reap();
+            self.bring_back();
         }
     }
 
-    fn wait(&self) {
+    fn wait(&mut self) {
         let events = self.device.as_ref().map_or(-1, |(_, events)| events.as_fd().as_raw_fd());
-        let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut fds = [watch(self.queue.bell.as_raw_fd()), watch(events)];
+        let calls = self.queue.calls.as_raw_fd();
+        let watch = |fd, events| libc::pollfd { fd, events, revents: 0 };
+        let mut fds: Vec<_> =
+            [self.queue.bell.as_raw_fd(), events, calls].map(|fd| watch(fd, libc::POLLIN)).into();
+        fds.extend(conn::waiting().iter().map(|(_, socket)| watch(*socket, libc::POLLOUT)));
+        let returning = !self.leaving.is_empty() || !self.staying.is_empty();
         let shared = self.held.values().any(|held| held.left);
+        // Without a daemon nobody says that the other end wants to leave.
+        let alone = self.device.is_none() && !self.held.is_empty();
         let timeout = match (self.meetings.is_empty(), shared) {
+            _ if returning => 1,
+            _ if self.meetings.values().any(|meeting| meeting.late.is_some()) => 5,
             (false, _) => 200,
+            _ if alone => 200,
             (true, true) => 1000,
             (true, false) => -1,
         };
         let mut count = 0u64;
-        // SAFETY: two pollfds; 8 bytes out of an eventfd.
+        // SAFETY: pollfds; 8 bytes out of an eventfd; one event.
         unsafe {
-            crate::real::poll(fds.as_mut_ptr(), 2, timeout);
+            crate::real::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout);
             crate::real::read(self.queue.bell.as_raw_fd(), (&raw mut count).cast(), 8);
+            let mut event = libc::epoll_event { events: 0, u64: 0 };
+            if crate::real::epoll_wait(calls, &mut event, 1, 0) > 0 {
+                self.listen();
+            }
         }
+        if alone {
+            self.look_who_leaves();
+        }
+    }
+
+    /// A process of the family has called: connections are wanted back.
+    fn listen(&mut self) {
+        for (index, conn) in arena::all() {
+            if conn.wanted.load(Ordering::SeqCst) != 0
+                && conn.home.load(Ordering::Acquire) == std::process::id()
+            {
+                self.leaving.entry(index).or_insert_with(|| (Instant::now(), None));
+            }
+        }
+    }
+
+    /// The other end of some connection wants to leave.
+    fn look_who_leaves(&mut self) {
+        for index in self.held.keys() {
+            if arena::conn(*index).is_some_and(|conn| conn.state() == State::Linked && conn.is_left()) {
+                self.staying.entry(*index).or_insert_with(|| (Instant::now(), None));
+            }
+        }
+    }
+
+    /// Goes on with all connections that go back to TCP (`conn/back.rs`).
+    fn bring_back(&mut self) {
+        for (conn, _) in conn::waiting() {
+            if conn.flush_some() {
+                renew(conn);
+            }
+        }
+        let device = if self.leaving.is_empty() { None } else { self.device().ok() };
+        self.leaving.retain(|index, (since, leaving)| {
+            let ended = advance(*index, *since, leaving, Conn::begin_leaving, Conn::go_on_leaving, |conn| {
+                let [low, high, token] = [0, 1, 2].map(|i: usize| conn.peer[i].load(Ordering::Relaxed));
+                let gid = Gid::from_bytes((u128::from(low) | u128::from(high) << 64).to_ne_bytes());
+                if let Some(device) = &device {
+                    let _ = device.signal_event(gid, BACK, token);
+                }
+            });
+            // Who has closed it meanwhile leaves it to another process.
+            if ended
+                && let Some(conn) = arena::conn(*index)
+                && (conn.state() != State::Linked || table::descriptor(*index).is_some())
+            {
+                conn.wanted.store(0, Ordering::SeqCst);
+                lock::wake(&conn.wanted, i32::MAX);
+            }
+            !ended
+        });
+        self.staying.retain(|index, (since, staying)| {
+            let ended = advance(*index, *since, staying, Conn::begin_staying, Conn::go_on_staying, |_| {});
+            if ended && let Some(conn) = arena::conn(*index) {
+                // Who is about to close it waits for that.
+                lock::wake(&conn.wanted, i32::MAX);
+            }
+            !ended
+        });
     }
 
     /// The device, opened when it is first needed; or what to count.
@@ -378,7 +490,8 @@ impl Worker {
         let large = before.received >= MUCH;
         let hello = Hello::new(name);
         let (since, identity) = (Instant::now(), *identity);
-        let meeting = Meeting { index, life, fd, large, since, identity, before, hello, offered: None };
+        let meeting =
+            Meeting { index, life, fd, large, since, identity, before, hello, offered: None, late: None };
         self.meetings.insert(tag, meeting);
         self.say(&device, tag, hello.key(), hello.words());
     }
@@ -416,6 +529,7 @@ impl Worker {
             let Some((_, events)) = &self.device else { return };
             match events.try_next() {
                 Ok(Some(Event::Rendezvous { gid, tag, payload })) => self.told(tag, gid, &payload),
+                Ok(Some(Event::Software { code: BACK, .. })) => self.look_who_leaves(),
                 Ok(Some(_)) => {}
                 Ok(None) => return,
                 Err(_) => {
@@ -430,6 +544,10 @@ impl Worker {
     /// The other end of a meeting has said something.
     fn told(&mut self, tag: u32, gid: Gid, words: &Words) {
         let Some(meeting) = self.meetings.get_mut(&tag) else { return };
+        if meeting.offered.is_some() && arena::conn(meeting.index).is_some_and(|conn| conn.refs() > 1) {
+            meeting.late = Some((gid, *words));
+            return;
+        }
         match meeting.offered.take() {
             None => self.greeted(tag, gid, words),
             Some(ours) => self.offered(tag, ours, gid, &Offer::parse(words)),
@@ -495,12 +613,6 @@ impl Worker {
         };
         let plan = CopyPlan::from_bytes(device.config().copy_plan);
         let Some(Meeting { index, fd, identity, .. }) = self.meetings.remove(&tag) else { return };
-        if conn.refs() != 1 {
-            // It was inherited meanwhile.
-            stats::count(&stats::get().shared);
-            conn.change(State::Asking, State::Over);
-            return;
-        }
         let rings = Rings {
             local: dmb.memory().as_ptr(),
             local_len: dmb.size(),
@@ -508,6 +620,10 @@ impl Worker {
             remote_len: remote.size(),
             line: remote.line_address(),
             plan,
+            peer: {
+                let gid = u128::from_ne_bytes(remote.owner().to_bytes());
+                [gid as u64, (gid >> 64) as u64, remote.token().to_bits()]
+            },
         };
         let known = identity.is_open();
         self.held.insert(index, Held { identity, known, left: false, _local: dmb, _remote: remote });
@@ -539,8 +655,12 @@ impl Worker {
         self.device = None;
     }
 
-    /// Forgets those whose other end did not come.
+    /// Goes on with those that other processes have closed meanwhile, and forgets those whose other end did not come.
     fn give_up(&mut self) {
+        let late = self.meetings.iter().filter_map(|(tag, meeting)| Some((*tag, meeting.late?)));
+        for (tag, (gid, words)) in late.collect::<Vec<_>>() {
+            self.told(tag, gid, &words);
+        }
         let late = |(tag, meeting): (&u32, &Meeting)| (meeting.since.elapsed() > PATIENCE).then_some(*tag);
         for tag in self.meetings.iter().filter_map(late).collect::<Vec<_>>() {
             let Some(meeting) = self.meetings.remove(&tag) else { continue };
@@ -548,7 +668,8 @@ impl Worker {
                 let _ = device.cancel_rendezvous(meeting.key(), tag);
             }
             if let Some(conn) = arena::conn(meeting.index) {
-                stats::count(&stats::get().alone);
+                let stats = stats::get();
+                stats::count(if meeting.late.is_some() { &stats.shared } else { &stats.alone });
                 conn.threshold.store(
                     conn.threshold.load(Ordering::Relaxed).saturating_mul(DISCOURAGED),
                     Ordering::Relaxed,
@@ -581,6 +702,49 @@ impl Worker {
         };
         for index in self.held.iter().filter_map(orphan).collect::<Vec<_>>() {
             self.closed(index);
+        }
+    }
+}
+
+/// Takes one connection's next step back to TCP, which is begun by `begin`, and announced by `announce`. True: that was the
+/// last one.
+fn advance<T>(
+    index: u32,
+    since: Instant,
+    state: &mut Option<T>,
+    begin: impl FnOnce(&'static Conn) -> Option<T>,
+    go_on: impl FnOnce(&Conn, c_int, &mut T) -> Step,
+    announce: impl FnOnce(&Conn),
+) -> bool {
+    let Some(conn) = arena::conn(index).filter(|conn| conn.state() == State::Linked) else { return true };
+    let Some(fd) = table::descriptor(index) else { return true };
+    if state.is_none() {
+        *state = begin(conn);
+        if state.is_some() {
+            announce(conn);
+        }
+    }
+    let step = match state {
+        Some(state) => go_on(conn, fd, state),
+        None => Step::Wait,
+    };
+    match step {
+        Step::Wait if since.elapsed() < handover::LIMIT => return false,
+        Step::Done => {}
+        // It is in the middle, where nobody can read or write.
+        _ if state.is_some() => conn.break_connection(fd),
+        _ => {}
+    }
+    *state = None;
+    renew(conn);
+    true
+}
+
+/// Tells the epoll instances of this process that the connection is another one now.
+fn renew(conn: &Conn) {
+    for (fd, entry) in table::all() {
+        if entry.conn().is_some_and(|c| std::ptr::eq(c, conn)) {
+            epoll::renew(fd, entry);
         }
     }
 }

@@ -53,6 +53,10 @@ counters! {
     no_memory: "stayed TCP: no more DMBs",
     /// io_uring.
     io_uring: "stayed TCP: the program uses io_uring",
+    /// Handed on.
+    called_back: "went back to TCP: another program got the connection",
+    /// Handed on in vain.
+    broken: "broken off: another program got the connection, and the other end did not answer",
     /// A FILE.
     stdio: "stayed TCP: the program made a FILE of it",
 }

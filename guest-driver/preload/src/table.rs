@@ -25,6 +25,10 @@ pub enum Kind {
     Never = 4,
     /// An epoll instance.
     Epoll = 5,
+    /// A TCP connection with a [`Conn`] whose rings this process does not have; see `handover.rs`.
+    Stranger = 6,
+    /// Not the program's.
+    Ours = 7,
 }
 
 /// A descriptor.
@@ -82,13 +86,23 @@ pub fn limit() -> u32 {
 /// Whether it is a TCP connection that may move.
 #[inline]
 pub fn is_ours(fd: c_int) -> bool {
-    get(fd).is_some_and(|entry| matches!(entry.kind(), Kind::Open | Kind::Conn))
+    get(fd).is_some_and(|entry| matches!(entry.kind(), Kind::Open | Kind::Conn | Kind::Stranger))
 }
 
 /// Whether it is anything that is followed.
 #[inline]
 pub fn is_interesting(fd: c_int) -> bool {
     get(fd).is_some_and(|entry| entry.kind() != Kind::Other)
+}
+
+/// A descriptor that this process has of a connection.
+pub fn descriptor(index: u32) -> Option<c_int> {
+    all().find(|(_, entry)| entry.kind() == Kind::Conn && entry.conn_index() == index).map(|(fd, _)| fd)
+}
+
+/// Whether this process has a connection with its rings.
+pub fn has_rings(conn: &Conn) -> bool {
+    all().any(|(_, entry)| entry.conn().is_some_and(|c| std::ptr::eq(c, conn)))
 }
 
 /// The connection behind a descriptor.
@@ -106,6 +120,8 @@ impl Entry {
             3 => Kind::Conn,
             4 => Kind::Never,
             5 => Kind::Epoll,
+            6 => Kind::Stranger,
+            7 => Kind::Ours,
             _ => Kind::Other,
         }
     }

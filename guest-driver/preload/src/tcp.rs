@@ -6,6 +6,8 @@ use std::time::Duration;
 
 /// The state of a connection that is open both ways (`TCP_ESTABLISHED`).
 const ESTABLISHED: u8 = 1;
+/// The peer has ended its direction.
+const CLOSE_WAIT: u8 = 8;
 /// States in which the peer's FIN has come: CLOSE_WAIT, LAST_ACK, CLOSING.
 const FIN_CAME: [u8; 3] = [8, 9, 11];
 /// How often to ask for two numbers that have to fit each other.
@@ -55,14 +57,23 @@ pub fn queued_in(fd: c_int) -> Option<u64> {
     queued(fd, libc::FIONREAD)
 }
 
-/// How many bytes were written to the connection in all. No thread writes meanwhile.
+/// How many bytes were written to the connection in all. No thread writes meanwhile. `None`: it is not open both ways.
 pub fn written(fd: c_int, active: bool) -> Option<u64> {
+    written_if(fd, active, |state| state == ESTABLISHED)
+}
+
+/// As `written`, of a connection that the peer may have ended.
+pub fn written_half(fd: c_int, active: bool) -> Option<u64> {
+    written_if(fd, active, |state| state == ESTABLISHED || state == CLOSE_WAIT)
+}
+
+fn written_if(fd: c_int, active: bool, suits: impl Fn(u8) -> bool) -> Option<u64> {
     for _ in 0..TRIES {
         let before = Info::of(fd)?;
         let waiting = queued(fd, libc::TIOCOUTQ)?;
         let after = Info::of(fd)?;
         let acked = after.u64(BYTES_ACKED);
-        if after.0[STATE] != ESTABLISHED {
+        if !suits(after.0[STATE]) {
             return None;
         }
         if before.u64(BYTES_ACKED) == acked {
@@ -182,6 +193,24 @@ pub fn resets_at_close(fd: c_int) -> bool {
     // SAFETY: a linger is integers only.
     let linger: libc::linger = unsafe { std::mem::transmute(bytes) };
     linger.l_onoff != 0 && linger.l_linger == 0
+}
+
+/// What the kernel calls the socket, whatever descriptor it is asked by.
+pub fn cookie(fd: c_int) -> Option<u64> {
+    const SO_COOKIE: c_int = 57;
+    let mut bytes = [0u8; 8];
+    (get(fd, libc::SOL_SOCKET, SO_COOKIE, &mut bytes)? == 8).then(|| u64::from_ne_bytes(bytes))
+}
+
+/// Breaks the connection off: the peer is told, and who uses the socket gets an error.
+pub fn disconnect(fd: c_int) {
+    errno::keep(|| {
+        // SAFETY: all-zero bytes are an address of no family, which connect() takes to disconnect.
+        unsafe {
+            let none: libc::sockaddr = std::mem::zeroed();
+            real::connect(fd, &none, size_of::<libc::sockaddr>() as socklen_t);
+        }
+    });
 }
 
 /// `SO_SNDTIMEO` or `SO_RCVTIMEO`; `None`: for ever.

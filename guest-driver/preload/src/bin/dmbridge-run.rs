@@ -6,11 +6,15 @@
 mod stats;
 
 use clap::Parser;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{Pid, getpid, getppid};
 use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, ExitStatus};
 use std::sync::atomic::Ordering;
 
 /// The preloaded library's file.
@@ -89,12 +93,77 @@ fn run(args: &Args) -> Result<ExitCode, String> {
     }
     let file = Counters::new()?;
     command.env(stats::ENVIRONMENT, &file.path);
-    let status = command.status().map_err(|error| format!("cannot run {}: {error}", program.display()))?;
+    let status =
+        attend(&mut command).map_err(|error| format!("cannot run {}: {error}", program.display()))?;
     file.show();
-    Ok(match (status.code(), status.signal()) {
-        (Some(code), _) => ExitCode::from(code as u8),
-        (None, signal) => ExitCode::from(128 + signal.unwrap_or(0) as u8),
-    })
+    drop(file);
+    if let Some(signal) = status.signal() {
+        end_by(signal);
+    }
+    Ok(ExitCode::from(status.code().unwrap_or(1) as u8))
+}
+
+/// Runs a program as a child, as if it ran in this process's place: signals go on to it, its stops and its end come back,
+/// and it does not outlive this process.
+fn attend(command: &mut Command) -> std::io::Result<ExitStatus> {
+    let mut all = SigSet::all();
+    // These are about what happens in a process itself.
+    for own in
+        [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGFPE, Signal::SIGTRAP, Signal::SIGSYS]
+    {
+        all.remove(own);
+    }
+    let before = all.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let parent = getpid();
+    // SAFETY: system calls only.
+    unsafe {
+        command.pre_exec(move || {
+            set_pdeathsig(Signal::SIGKILL)?;
+            if getppid() != parent {
+                // It has ended before that.
+                std::process::abort();
+            }
+            Ok(before.thread_set_mask()?)
+        })
+    };
+    let mut child = command.spawn()?;
+    let pid = Pid::from_raw(child.id() as i32);
+    loop {
+        // SAFETY: all-zero bytes are a siginfo; the set is one.
+        let (signal, info) = unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            (libc::sigwaitinfo(all.as_ref(), &mut info), info)
+        };
+        if signal == libc::SIGCHLD {
+            let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+            match waitid(Id::Pid(pid), flags | WaitPidFlag::WEXITED)? {
+                WaitStatus::Stopped(..) => {
+                    waitid(Id::Pid(pid), WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG)?;
+                    // Whoever started this process sees that the program has stopped, and lets both go on.
+                    raise(Signal::SIGSTOP)?;
+                }
+                WaitStatus::StillAlive => {}
+                _ => return child.wait(),
+            }
+        } else if signal > 0 && info.si_code <= 0 {
+            // SAFETY: a signal. What the terminal sends has come to the whole process group.
+            unsafe { libc::kill(pid.as_raw(), signal) };
+        }
+    }
+}
+
+/// Ends as the program has ended.
+fn end_by(signal: i32) {
+    // SAFETY: system calls on this process, whose only thread this is. It leaves no second core file.
+    unsafe {
+        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        libc::setrlimit(libc::RLIMIT_CORE, &none);
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigprocmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+    }
 }
 
 /// Where the library is: named, next to this program, or in the `lib` folder next to its folder.
