@@ -29,6 +29,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 const STEP: u64 = engine::STEP as u64;
 /// The most runs that an engine is given at once.
 const MAX_RUNS: usize = 64;
+/// So many moves are looked at before the first of them is done, and answered together.
+const AHEAD: usize = 16;
+/// A move of so many bytes is answered at once, and with it those before it.
+const PROMPTLY: u64 = 4096;
 /// A mover leaves a queue for the next one after so many moves, or so many bytes.
 const TURN_MOVES: u32 = 64;
 const TURN_BYTES: u64 = 8 << 20;
@@ -122,7 +126,8 @@ impl Mover {
         let worker = Worker {
             shared: shared.clone(),
             engines,
-            chain: Chain::default(),
+            chains: std::array::from_fn(|_| Chain::default()),
+            answered: Vec::with_capacity(AHEAD),
             data: Vec::new(),
             runs: Vec::with_capacity(MAX_RUNS),
             turns: VecDeque::new(),
@@ -179,7 +184,10 @@ impl Drop for Mover {
 struct Worker {
     shared: Arc<Shared>,
     engines: MoverEngines,
-    chain: Chain,
+    /// Moves that were offered.
+    chains: [Chain; AHEAD],
+    /// Those of them that are done and not answered, by number.
+    answered: Vec<(usize, Outcome)>,
     /// The data pieces of the move at hand.
     data: Vec<Piece>,
     /// What of it is copied at once.
@@ -284,54 +292,83 @@ impl Worker {
 
     fn work(&mut self, queue: &MoveQueue, ring: &mut Vring) -> Result<Turn, Broken> {
         let (mut moves, mut bytes) = (0, 0);
-        while !queue.stopping.load(Ordering::Acquire) {
-            let memory = queue.port.memory.read();
-            if moves == 0 {
-                ring.disable_kicks(memory.guest())?;
+        // Those of `chains` that are to be done.
+        let mut waiting = 0..0;
+        let turn = loop {
+            if queue.stopping.load(Ordering::Acquire) {
+                break Turn::Idle;
             }
-            if !ring.pop(memory.guest(), &mut self.chain)? {
-                if ring.enable_kicks(memory.guest())? {
-                    continue;
+            if waiting.is_empty() {
+                let memory = queue.port.memory.read();
+                if moves == 0 {
+                    ring.disable_kicks(memory.guest())?;
                 }
-                return Ok(Turn::Idle);
+                waiting = 0..ring.pop_some(memory.guest(), &mut self.chains)?;
+                if waiting.is_empty() {
+                    if ring.enable_kicks(memory.guest())? {
+                        continue;
+                    }
+                    break Turn::Idle;
+                }
+                self.chains[waiting.clone()].iter().for_each(|chain| chain.fetch(&memory));
             }
-            drop(memory);
-            let answer = self.answer(queue, &mut bytes);
-            let memory = queue.port.memory.read();
-            let len = match answer {
-                Outcome::Later => {
-                    ring.unpop();
-                    return Ok(Turn::Later);
-                }
-                Outcome::Done(result) => {
-                    let counters = &queue.port.counters;
-                    let counter = if result.is_ok() { &counters.moves } else { &counters.refused };
-                    Counters::add(counter, 1);
-                    let mut response = [0; RESPONSE_SIZE];
-                    response[0] = Status::to_byte(&result);
-                    self.chain.respond(&memory, &response);
-                    RESPONSE_SIZE as u32
-                }
-                Outcome::Malformed => 0,
-            };
-            ring.push(memory.guest(), self.chain.head, len)?;
+            let before = bytes;
+            match self.answer(queue, waiting.start, &mut bytes) {
+                Outcome::Later => break Turn::Later,
+                outcome => self.answered.push((waiting.start, outcome)),
+            }
+            waiting.start += 1;
             moves += 1;
-            if moves >= TURN_MOVES || bytes >= TURN_BYTES {
-                return Ok(Turn::More);
+            if waiting.is_empty() || bytes - before >= PROMPTLY {
+                self.give_back(queue, ring)?;
             }
-        }
-        Ok(Turn::Idle)
+            if moves >= TURN_MOVES || bytes >= TURN_BYTES {
+                break Turn::More;
+            }
+        };
+        self.give_back(queue, ring)?;
+        ring.unpop(waiting.len());
+        Ok(turn)
     }
 
-    /// Does the move in `self.chain`.
-    fn answer(&mut self, queue: &MoveQueue, bytes: &mut u64) -> Outcome {
+    /// Answers what is done, in order and at once: the driver looks at the used ring all the time, and its cache line should
+    /// come here once for all of them.
+    fn give_back(&mut self, queue: &MoveQueue, ring: &mut Vring) -> Result<(), Broken> {
+        let memory = queue.port.memory.read();
+        let (mut done, mut refused) = (0, 0);
+        for (number, outcome) in self.answered.drain(..) {
+            let chain = &self.chains[number];
+            let len = match outcome {
+                Outcome::Done(result) => {
+                    *if result.is_ok() { &mut done } else { &mut refused } += 1;
+                    let mut response = [0; RESPONSE_SIZE];
+                    response[0] = Status::to_byte(&result);
+                    chain.respond(&memory, &response);
+                    RESPONSE_SIZE as u32
+                }
+                Outcome::Malformed | Outcome::Later => 0,
+            };
+            ring.push(memory.guest(), chain.head, len)?;
+        }
+        for (counter, count) in [(&queue.port.counters.moves, done), (&queue.port.counters.refused, refused)]
+        {
+            if count != 0 {
+                Counters::add(counter, count);
+            }
+        }
+        Ok(())
+    }
+
+    /// Does the move in one of `chains`.
+    fn answer(&mut self, queue: &MoveQueue, number: usize, bytes: &mut u64) -> Outcome {
+        let chain = &self.chains[number];
         let mut header = [0; HEADER_SIZE];
         {
             let memory = queue.port.memory.read();
-            if self.chain.malformed || !self.chain.takes_response(&memory, RESPONSE_SIZE) {
+            if chain.malformed || !chain.takes_response(&memory, RESPONSE_SIZE) {
                 return Outcome::Malformed;
             }
-            if take_header(&memory, &self.chain.readable, &mut header, &mut self.data).is_none() {
+            if take_header(&memory, &chain.readable, &mut header, &mut self.data).is_none() {
                 return Outcome::Malformed;
             }
         }
@@ -591,7 +628,7 @@ mod tests {
     use crate::engine::cpu_node::NodePool;
     use crate::pool::memfile::MemFile;
     use crate::port::{RamSegment, SessionId};
-    use crate::testing::{BASE, Guest, NEXT, TestRing, WRITE};
+    use crate::testing::{BASE, Guest, INDIRECT, NEXT, TestRing, WRITE, table};
     use dmbridge_proto::ids::{Gid, Token};
 
     const DMB_SIZE: u64 = 64 << 10;
@@ -671,7 +708,8 @@ mod tests {
                     shared: Arc::new(shared),
                     engines,
                     runs: Vec::new(),
-                    chain: Chain::default(),
+                    chains: std::array::from_fn(|_| Chain::default()),
+                    answered: Vec::new(),
                     data: Vec::new(),
                     turns: VecDeque::new(),
                     waiting: HashSet::new(),
@@ -1032,6 +1070,48 @@ mod tests {
             assert_eq!(mover.join().unwrap(), Status::NoEntry, "{name}");
             assert!(then == snapshot(), "{name}");
         }
+    }
+
+    #[test]
+    fn moves_that_were_looked_at_and_have_to_wait_stay_in_the_ring_and_all_are_answered_in_order() {
+        const MOVES: u64 = 40;
+        const WAITS: u64 = 20;
+        const MALFORMED: u64 = 5;
+        let mut world = World::new();
+        let (pool, ram) = (world.pool_dmb.clone(), world.ram_dmb.clone());
+        let mut answers = Vec::new();
+        let chains: Vec<_> = (0..MOVES)
+            .map(|number| {
+                let target = if number == WAITS { &ram } else { &pool };
+                let header = world.sender.put(&to(target, 0).to_bytes());
+                let data = world.sender.put(&number.to_le_bytes());
+                let answer = world.sender.put(&[0xee; 8]);
+                answers.push(answer);
+                let header_len = if number == MALFORMED { 31 } else { 32 };
+                let pieces = [(header, header_len, NEXT, 1), (data, 8, NEXT, 2), (answer, 8, WRITE, 0)];
+                (world.sender.put(&table(&pieces)), 48, INDIRECT, 0)
+            })
+            .collect();
+        world.ring.describe(&world.sender, &chains);
+        (0..MOVES as u16).for_each(|head| world.ring.offer(&world.sender, head));
+        let cursor = |world: &World| word(&world.file, 0).load(Ordering::Relaxed);
+        let base = |world: &World| world.queue.ring().as_ref().unwrap().base();
+
+        world.owner_port.set_paused(true);
+        assert!(matches!(world.worker.turn(&world.queue), Turn::Later));
+        assert_eq!((cursor(&world), base(&world)), (WAITS - 1, WAITS as u16));
+        let mut used: Vec<_> = std::iter::from_fn(|| world.ring.used(&world.sender)).collect();
+        assert_eq!(used.len() as u64, WAITS);
+        world.owner_port.set_paused(false);
+        assert!(matches!(world.worker.turn(&world.queue), Turn::Idle));
+        assert_eq!((cursor(&world), base(&world)), (MOVES - 1, MOVES as u16));
+        used.extend(std::iter::from_fn(|| world.ring.used(&world.sender)));
+        for (number, (used, answer)) in used.iter().zip(&answers).enumerate() {
+            let (len, status) = if number as u64 == MALFORMED { (0, 0xee) } else { (8, 0) };
+            assert_eq!((used.0, used.1, world.sender.read(*answer, 1)[0]), (number as u32, len, status));
+        }
+        assert_eq!(used.len() as u64, MOVES);
+        assert_eq!(Counters::get(&world.queue.port.counters.moves), MOVES - 1);
     }
 
     #[test]
