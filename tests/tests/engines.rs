@@ -100,6 +100,32 @@ fn devices_of_one_daemon_may_each_name_an_engine() {
 }
 
 #[test]
+fn every_engine_is_tried_among_the_moves_and_all_of_them_arrive() {
+    let daemon = TestDaemon::start_with(&[], "[engines]\nworkers = 1\ncache = \"\"\n");
+    let mut owner = RawFrontend::connect_with(daemon.hub(), Options::without_map());
+    let mut sender = RawFrontend::connect(daemon.hub());
+    const SIZE: usize = 64 << 10;
+    let (pages, line) = (owner.memory.allocate(SIZE as u64, 4096), owner.memory.allocate(64, 64));
+    let segments = [Segment { addr: pages, len: SIZE as u64 }];
+    let dmb = owner.register_ram(sender.gid(), line, &segments).expect("a RAM DMB");
+    let data = sender.memory.allocate(SIZE as u64, 4096);
+    // A trial comes after 64 moves, and is of sixteen.
+    for round in 0..100usize {
+        let bytes: Vec<u8> = (0..SIZE).map(|i| (i * 7 + i / 4099 + round) as u8).collect();
+        sender.memory.write(data, &bytes);
+        let header = MoveHeader { token: dmb.token, offset: 0, mask: 0, flags: MoveFlags::empty() };
+        assert_eq!(sender.move_raw(&header.to_bytes(), &[Descriptor::readable(data, SIZE as u32)]), (8, 0));
+        assert!(owner.memory.read(pages, SIZE) == bytes, "move {round}");
+    }
+    let report = engines(&daemon);
+    let row = report.rows.iter().position(|row| row.uses != 0).expect("a row");
+    assert_eq!((report.rows[row].bytes, report.rows[row].uses), (SIZE as u64, 100));
+    let tried: Vec<_> = report.engines.iter().filter(|engine| engine.copies >= 8).collect();
+    assert!(tried.len() >= 2, "{:?}", report.engines);
+    assert_eq!(report.engines.iter().map(|engine| engine.copies).sum::<u64>(), 100);
+}
+
+#[test]
 fn what_is_measured_is_used_and_every_row_says_why() {
     let daemon = TestDaemon::start();
     move_everything(&daemon);
