@@ -91,6 +91,8 @@ struct dmbridge_file {
 	wait_queue_head_t wait;
 	struct mutex bounce_mutex;
 	void *bounce;
+	/* What is seen in mappings that are over. */
+	struct page *nothing;
 };
 
 struct dmbridge_chardev {
@@ -371,14 +373,21 @@ static vm_fault_t dmbridge_fault(struct vm_fault *vmf)
 	struct dmbridge_file *file = vmf->vma->vm_file->private_data;
 	struct dmbridge_chardev *chardev = file->chardev;
 	unsigned long at = vmf->pgoff % (chardev->stride >> PAGE_SHIFT);
-	vm_fault_t result = VM_FAULT_SIGBUS;
+	vm_fault_t result = VM_FAULT_OOM;
 	struct slot *slot;
 
 	mutex_lock(&chardev->mutex);
 	slot = idr_find(&chardev->slots, vmf->pgoff / (chardev->stride >> PAGE_SHIFT));
-	if (slot && slot->file == file && !slot->ended && at <= slot->size >> PAGE_SHIFT)
+	if (slot && slot->file == file && !slot->ended && at <= slot->size >> PAGE_SHIFT) {
 		result = vmf_insert_pfn(vmf->vma, vmf->address,
 					at ? slot->pfn + at - 1 : slot->line_pfn);
+	} else {
+		/* A program is told of the end, but it may be in the middle of something. */
+		if (!file->nothing)
+			file->nothing = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+		if (file->nothing)
+			result = vmf_insert_pfn(vmf->vma, vmf->address, page_to_pfn(file->nothing));
+	}
 	mutex_unlock(&chardev->mutex);
 	return result;
 }
@@ -958,6 +967,8 @@ static int dmbridge_release(struct inode *inode, struct file *filp)
 		kfree(waiting);
 	if (file->bounce)
 		free_pages_exact(file->bounce, BOUNCE);
+	if (file->nothing)
+		__free_page(file->nothing);
 	kfree(file);
 	kref_put(&chardev->kref, release_chardev);
 	return 0;

@@ -8,7 +8,8 @@
  *
  *  - DMBs appear not in the device's window but in the file's: offsets in replies
  *    are offsets to mmap(). A DMB's mapping is its control line's page and the DMB
- *    after it, shared, and nothing else may be mapped.
+ *    after it, shared, and nothing else may be mapped. When the DMB has ended, or the
+ *    device is gone, its mapping shows a page of the file's own, zero at first.
  *  - REGISTER knows no RAM (the driver uses its own where the device cannot map)
  *    and gives every control line a page of its own. ATTACH answers EOPNOTSUPP if
  *    the DMB's owner did not do so: move then.

@@ -171,7 +171,7 @@ impl Liar {
         hello[..2].copy_from_slice(&[2, 1]);
         let (gid, theirs) = self.meet(key, hello);
         let offers = Sha256::new_with_prefix(b"dmbridge-run, offers\0").chain_update(key);
-        let offers = offers.chain_update(&hello[8..24]).chain_update(&theirs[8..24]).finalize();
+        let offers = offers.chain_update(&hello[8..16]).chain_update(&theirs[8..16]).finalize();
         let dmb = self.0.register(gid, 1 << 20).expect("a DMB");
         let mut offer = [0; 32];
         offer[..8].copy_from_slice(&dmb.token().to_bits().to_le_bytes());

@@ -210,16 +210,28 @@ fn redis_runs_unchanged() {
     assert_kernel_is_content(&setup.b);
 }
 
+/// Has iperf3 of the second guest send to the first one, or fetch from it, for ever. When this returns, bytes go through DMBs.
+fn endless(setup: &Setup, port: u16, how: &str) -> (Running, Running) {
+    let run = |vm: &Vm, words: &str| {
+        let words = format!("exec dmbridge-run --network guests /opt/debian/bin/iperf3 -p {port} {words}");
+        vm.start_command(&["sh", "-c", &words])
+    };
+    let signals = || {
+        let devices = setup.daemon.report().devices;
+        devices.iter().map(|device| device.signals_sent + device.signals_suppressed).sum::<u64>()
+    };
+    let serving = run(&setup.a, "-s -1");
+    wait_for_port(&setup.a, port);
+    let sending = run(&setup.b, &format!("-c {} -t 80000 {how}", address(0)));
+    let before = signals();
+    until("bytes go through DMBs", || (signals() > before + 100).then_some(()));
+    (serving, sending)
+}
+
 #[test]
 fn the_daemon_shows_what_programs_of_guests_do() {
     let setup = setup();
-    let run = |vm: &Vm, words: &str| {
-        let words = format!("exec dmbridge-run --network guests /opt/debian/bin/iperf3 -p 5303 {words}");
-        vm.start_command(&["sh", "-c", &words])
-    };
-    let serving = run(&setup.a, "-s -1");
-    wait_for_port(&setup.a, 5303);
-    let sending = run(&setup.b, &format!("-c {} -t 80000", address(0)));
+    let (serving, sending) = endless(&setup, 5303, "");
     until("each guest has a DMB of its own and one of the other", || {
         let devices = setup.daemon.report().devices;
         (devices.len() == 2 && devices.iter().all(|device| device.dmbs >= 1 && device.attached >= 1))
@@ -299,4 +311,27 @@ fn a_program_of_the_host_and_one_of_a_guest_meet() {
         }
     }
     assert_kernel_is_content(&setup.a);
+}
+
+#[test]
+fn a_device_that_is_taken_away_ends_connections_and_no_program() {
+    let setup = setup();
+    let name = setup.b.shell("cd /sys/bus/virtio/drivers/dmbridge; echo virtio*");
+    let tell =
+        |what: &str| setup.b.shell(&format!("echo {} >/sys/bus/virtio/drivers/dmbridge/{what}", name.trim()));
+    for (port, how) in [(5341, ""), (5342, "-R")] {
+        let (serving, sending) = endless(&setup, port, how);
+        tell("unbind");
+        let ended = setup.b.expect(sending.wait(DEADLINE));
+        let said = format!("{}{}", ended.text(), String::from_utf8_lossy(&ended.stderr));
+        assert!(ended.status.code() == Some(1) && said.contains("reset by peer"), "{}: {said}", ended.status);
+        let ended = setup.a.expect(serving.wait(DEADLINE));
+        assert!(ended.status.code().is_some(), "{}", ended.status);
+        tell("bind");
+        setup.b.shell("chmod 666 /dev/dmbridge0");
+    }
+    let (_, ran) = iperf3(&setup.a, &setup.b, &address(0), 5343, &format!("-n {}", 128 << 20), Way::Dmbridge);
+    assert!(ran[0].moved() > 0, "{}", ran[0].err);
+    assert_kernel_is_content(&setup.a);
+    assert_kernel_is_content(&setup.b);
 }

@@ -98,6 +98,8 @@ pub struct Conn {
     pub peer: [AtomicU64; 3],
     /// Somebody waits for the connection to come back; see `back.rs`.
     pub wanted: AtomicU32,
+    /// What our ring's header says as long as it is ours: see [`is_gone`](Self::is_gone).
+    alive: AtomicU64,
     tx: Tx,
     rx: Rx,
 }
@@ -301,6 +303,8 @@ impl Conn {
         self.local.store(rings.local, Ordering::Release);
         self.line.store(rings.line, Ordering::Release);
         self.remote.store(rings.remote, Ordering::Release);
+        self.alive.store(crate::random() | 1, Ordering::Relaxed);
+        self.local().alive.store(self.alive.load(Ordering::Relaxed), Ordering::Release);
         self.remote().cdc.init();
         // A wake-up must not wait for an acknowledgement, nor for more to come.
         self.nodelay.store(tcp::option(fd, libc::TCP_NODELAY).unwrap_or(0), Ordering::Relaxed);
@@ -326,6 +330,22 @@ impl Conn {
     fn remote(&self) -> &Header {
         // SAFETY: as above.
         unsafe { Header::at(self.remote.load(Ordering::Acquire)) }
+    }
+
+    /// Whether the memory of our ring was taken away, with the device: then other memory is in its place, and what was read
+    /// before this was asked is worth something only if it is not so.
+    #[inline]
+    pub fn is_gone(&self) -> bool {
+        fence(Ordering::Acquire);
+        self.local().alive.load(Ordering::Acquire) != self.alive.load(Ordering::Relaxed)
+    }
+
+    /// The memory was taken away: nobody shall wait for it, and the other end learns that this is no end in good order.
+    pub fn abandon(&self, fd: c_int) {
+        self.break_off();
+        tcp::reset_at_close(fd);
+        // SAFETY: no memory is involved.
+        errno::keep(|| unsafe { real::shutdown(fd, libc::SHUT_RD) });
     }
 
     fn line(&self) -> &ControlLine {
@@ -401,7 +421,8 @@ impl Conn {
         if self.tx.gate.compare_exchange(0, CLOSED, Ordering::SeqCst, Ordering::Relaxed).is_err() {
             return false;
         }
-        let Some(written) = tcp::written(fd, self.is_active()) else {
+        let written = tcp::written(fd, self.is_active()).filter(|_| !self.is_gone());
+        let Some(written) = written else {
             self.tx.gate.store(0, Ordering::SeqCst);
             return false;
         };
@@ -538,7 +559,7 @@ impl Conn {
             self.publish(fd, ring, ProducerFlags::WRITE_BLOCKED);
         }
         self.tx.bytes.fetch_add(done as u64, Ordering::Relaxed);
-        Ok(done)
+        if self.is_gone() { Err(self.break_off()) } else { Ok(done) }
     }
 
     /// Writes what a descriptor gives by `fill`, which is told where to and how much at most, and says how much it was.
@@ -661,8 +682,8 @@ impl Conn {
     fn observe_room(&self, ring: &mut Producer) -> Result<(), c_int> {
         let cons = self.local().cdc.load_cons().cursor;
         match ring.observe(cons) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(self.break_off()),
+            Ok(_) if !self.is_gone() => Ok(()),
+            _ => Err(self.break_off()),
         }
     }
 
@@ -807,6 +828,9 @@ impl Conn {
     /// Reads what is there. `None`: nothing is, and more may come.
     fn get(&self, fd: c_int, to: &mut Writer<'_>, flags: c_int) -> Result<Option<usize>, c_int> {
         let _lock = self.rx.lock.take();
+        if self.is_gone() && !self.rx.returned.load(Ordering::Relaxed) {
+            return Err(self.break_off());
+        }
         if !self.rx.on_ring.load(Ordering::Acquire) {
             self.return_rx_unused(fd);
             if let Some(result) = self.get_tcp(fd, to, flags) {
@@ -875,6 +899,9 @@ impl Conn {
                     self.report(fd, ring);
                 }
             }
+        }
+        if self.is_gone() {
+            return Err(self.break_off());
         }
         if flags & MSG_PEEK == 0 {
             self.rx.bytes.fetch_add(done as u64, Ordering::Relaxed);
@@ -1023,8 +1050,8 @@ impl Conn {
     fn observe_data(&self, ring: &mut Consumer, seen: &mut CursorWord) -> Result<(), c_int> {
         *seen = self.local().cdc.load_prod();
         match ring.observe(seen.cursor) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(self.break_off()),
+            Ok(_) if !self.is_gone() => Ok(()),
+            _ => Err(self.break_off()),
         }
     }
 

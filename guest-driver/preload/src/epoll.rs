@@ -337,10 +337,8 @@ impl Set {
     fn next_sleep(&self) -> u64 {
         let mut last = self.sleep.load(Ordering::Relaxed);
         if last == 0 {
-            // SAFETY: 8 bytes.
-            let got =
-                errno::keep(|| unsafe { libc::getrandom((&raw mut last).cast(), 8, libc::GRND_NONBLOCK) });
-            if got != 8 {
+            last = crate::random();
+            if last == 0 {
                 return 0;
             }
         }

@@ -3,6 +3,7 @@
 //! | offset | size | field | |
 //! | --- | --- | --- | --- |
 //! | 0 | 32 | CDC message | SMC-D's: how far the peer has written here, and read there |
+//! | 32 | 8 | `alive` | the owner's: as long as it is what the owner has put there, this is the DMB's memory |
 //! | 64 | 8 | `switch` | 1 + the position in the peer's TCP stream from which on its bytes are in the ring; 0: not yet |
 //! | 72 | 4 | `ready` | 1: the peer's readers know of the ring that this side writes |
 //! | 76 | 4 | `recall` | what the peer wants of a connection that goes back to TCP; see `conn/back.rs` |
@@ -32,7 +33,8 @@ const ROOM_HERE: u32 = ROOM << 1;
 #[repr(C)]
 pub struct Header {
     pub cdc: CdcMessage,
-    _a: [u64; 4],
+    pub alive: AtomicU64,
+    _a: [u64; 3],
     pub switch: AtomicU64,
     pub ready: AtomicU32,
     pub recall: AtomicU32,
@@ -47,6 +49,7 @@ pub struct Header {
 }
 
 const _: () = {
+    assert!(std::mem::offset_of!(Header, alive) == 32);
     assert!(std::mem::offset_of!(Header, switch) == 64);
     assert!(std::mem::offset_of!(Header, ready) == 72);
     assert!(std::mem::offset_of!(Header, back) == 80);

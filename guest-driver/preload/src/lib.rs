@@ -36,6 +36,14 @@ macro_rules! verbose {
 }
 use verbose;
 
+/// A number that nobody else has; 0 as long as the kernel has no randomness.
+fn random() -> u64 {
+    let mut number = 0u64;
+    // SAFETY: 8 bytes.
+    errno::keep(|| unsafe { libc::getrandom((&raw mut number).cast(), 8, libc::GRND_NONBLOCK) });
+    number
+}
+
 extern "C" fn start() {
     table::init();
     settings::get();

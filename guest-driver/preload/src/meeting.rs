@@ -9,7 +9,7 @@
 //! | --- | --- | --- | --- | --- | --- |
 //! | 0 | 1 | version | 0 | 8 | token |
 //! | 1 | 1 | 1: the lower end | 8 | 8 | bytes that it has sent and the other end's kernel has |
-//! | 8 | 16 | number | 16 | 8 | bytes that its kernel has received |
+//! | 8 | 8 | number | 16 | 8 | bytes that its kernel has received |
 //!
 //! Integers are little-endian, the rest is zero. The second key is known to nobody who was not at the first turn, and to no
 //! earlier attempt of the same two.
@@ -29,17 +29,13 @@ pub type Words = [u8; 32];
 #[derive(Clone, Copy)]
 pub struct Hello {
     name: Name,
-    number: [u8; 16],
+    number: [u8; 8],
 }
 
 impl Hello {
     pub fn new(name: Name) -> Hello {
-        let mut number = [0u8; 16];
-        // SAFETY: 16 bytes. Where there is no randomness yet, attempts are told apart by less.
-        crate::errno::keep(|| unsafe {
-            libc::getrandom(number.as_mut_ptr().cast(), 16, libc::GRND_NONBLOCK)
-        });
-        Hello { name, number }
+        // Where there is no randomness yet, attempts are told apart by less.
+        Hello { name, number: crate::random().to_le_bytes() }
     }
 
     /// Whether both are of one kernel.
@@ -56,7 +52,7 @@ impl Hello {
         let mut words = [0; 32];
         words[0] = VERSION;
         words[1] = self.name.lower.into();
-        words[8..24].copy_from_slice(&self.number);
+        words[8..16].copy_from_slice(&self.number);
         words
     }
 
@@ -65,7 +61,7 @@ impl Hello {
         if theirs[0] != VERSION || theirs[1] != u8::from(!self.name.lower) {
             return None;
         }
-        let (ours, theirs) = (&self.number[..], &theirs[8..24]);
+        let (ours, theirs) = (&self.number[..], &theirs[8..16]);
         let numbers = if self.name.lower { [ours, theirs] } else { [theirs, ours] };
         let hash = Sha256::new_with_prefix(b"dmbridge-run, offers\0").chain_update(self.name.key);
         Some(hash.chain_update(numbers.concat()).finalize().into())

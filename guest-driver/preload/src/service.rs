@@ -533,8 +533,9 @@ impl Worker {
                 Ok(Some(_)) => {}
                 Ok(None) => return,
                 Err(_) => {
-                    // The daemon is gone. What is mapped goes on, and new connections are TCP until it is back.
+                    // New connections are TCP until it is back.
                     self.fail_all();
+                    self.abandon();
                     return;
                 }
             }
@@ -690,6 +691,19 @@ impl Worker {
         self.held.remove(&index);
         if let Some(conn) = arena::conn(index) {
             conn.free();
+        }
+    }
+
+    /// The device is gone. What is mapped goes on, unless the memory went with it: then nobody shall wait for it.
+    fn abandon(&self) {
+        for (fd, entry) in table::all() {
+            if let Some(conn) = entry.conn()
+                && self.held.contains_key(&entry.conn_index())
+                && conn.state() == State::Linked
+                && conn.is_gone()
+            {
+                conn.abandon(fd);
+            }
         }
     }
 

@@ -363,11 +363,8 @@ impl Transport for Chardev {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => {
-                    // The kernel has taken the memory away: what uses it still shall meet memory of this process.
-                    self.part();
-                    return Err(Error::Disconnected);
-                }
+                // What is mapped stays so: the kernel puts memory of this process in its place if it has to.
+                Err(_) => return Err(Error::Disconnected),
             }
         }
     }
