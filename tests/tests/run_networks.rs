@@ -13,6 +13,8 @@ const SERVER: &str = "10.99.0.1";
 const CLIENT: &str = "10.99.0.2";
 /// Of the server; the next one is the client's.
 const PORT: u16 = 5300;
+/// Of what the two ends say to each other: that of `guest-driver/preload/src/meeting.rs`.
+const VERSION: u8 = 3;
 const UNTIL_MOVED: &str = "ask-until-moved";
 
 /// A server that answers requests of all sizes with what it was asked and who it is, and a client that checks that: some
@@ -168,7 +170,7 @@ impl Liar {
     /// Says to be a server that has received so many bytes, and has sent as many. Returns when it was not believed.
     fn lie(&self, key: [u8; 32], bytes: u64) {
         let mut hello = [0; 32];
-        hello[..2].copy_from_slice(&[2, 1]);
+        hello[..2].copy_from_slice(&[VERSION, 1]);
         let (gid, theirs) = self.meet(key, hello);
         let offers = Sha256::new_with_prefix(b"dmbridge-run, offers\0").chain_update(key);
         let offers = offers.chain_update(&hello[8..16]).chain_update(&theirs[8..16]).finalize();

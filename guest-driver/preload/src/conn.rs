@@ -834,7 +834,10 @@ impl Conn {
         if !self.rx.on_ring.load(Ordering::Acquire) {
             self.return_rx_unused(fd);
             if let Some(result) = self.get_tcp(fd, to, flags) {
-                return result.map(Some);
+                let done = result?;
+                // Who has looked at all that TCP has left looks on in the ring.
+                let more = flags & MSG_PEEK != 0 && self.find_switch(fd) == Some(done as u64);
+                return Ok(Some(done + if more { self.peek(to, flags)? } else { 0 }));
             }
         }
         if !self.rx.on_ring.load(Ordering::Acquire) {
@@ -872,41 +875,56 @@ impl Conn {
                 }
             }
         }
-        // To look is done on a copy, which is not reported.
-        let mut copy = *ring;
-        let ring = if flags & MSG_PEEK != 0 { &mut copy } else { ring };
+        if flags & MSG_PEEK != 0 {
+            return self.peek(to, flags).map(Some);
+        }
         let mut done = 0;
         while to.left() != 0 && ring.available() != 0 {
-            let chunk = ring.chunk();
-            let len = (chunk.len as usize).min(to.left());
-            // SAFETY: the chunk lies in the ring, which `local` starts.
-            let from = unsafe { self.local.load(Ordering::Relaxed).add(SIZE + chunk.offset as usize) };
-            if flags & MSG_TRUNC != 0 {
-                to.skip(len);
-            } else {
-                // SAFETY: `len` bytes are readable there.
-                unsafe { to.copy_from(len, |dst, at, len| shm::copy_from_shared(from.add(at), dst, len)) };
-            }
-            ring.consume(len as u32);
-            done += len;
-            if flags & MSG_PEEK == 0 {
-                self.rx.cursor.store(
-                    position(CursorWord { cursor: ring.cursor(), ..Default::default() }),
-                    Ordering::Relaxed,
-                );
-                if ring.unreported() >= self.quarter() || seen.producer.contains(ProducerFlags::WRITE_BLOCKED)
-                {
-                    self.report(fd, ring);
-                }
+            done += self.copy_out(ring, to, flags);
+            self.rx.cursor.store(
+                position(CursorWord { cursor: ring.cursor(), ..Default::default() }),
+                Ordering::Relaxed,
+            );
+            if ring.unreported() >= self.quarter() || seen.producer.contains(ProducerFlags::WRITE_BLOCKED) {
+                self.report(fd, ring);
             }
         }
         if self.is_gone() {
             return Err(self.break_off());
         }
-        if flags & MSG_PEEK == 0 {
-            self.rx.bytes.fetch_add(done as u64, Ordering::Relaxed);
-        }
+        self.rx.bytes.fetch_add(done as u64, Ordering::Relaxed);
         Ok(Some(done))
+    }
+
+    /// Looks at what is in the ring, which stays there. Under the lock.
+    fn peek(&self, to: &mut Writer<'_>, flags: c_int) -> Outcome {
+        // SAFETY: under the lock.
+        let (ring, seen) = unsafe { (&mut *self.rx.ring.get(), &mut *self.rx.seen.get()) };
+        self.observe_data(ring, seen)?;
+        // A copy, which is not reported.
+        let mut ring = *ring;
+        let mut done = 0;
+        while to.left() != 0 && ring.available() != 0 {
+            done += self.copy_out(&mut ring, to, flags);
+        }
+        if self.is_gone() { Err(self.break_off()) } else { Ok(done) }
+    }
+
+    /// Reads the next piece of the ring.
+    #[inline]
+    fn copy_out(&self, ring: &mut Consumer, to: &mut Writer<'_>, flags: c_int) -> usize {
+        let chunk = ring.chunk();
+        let len = (chunk.len as usize).min(to.left());
+        // SAFETY: the chunk lies in the ring, which `local` starts.
+        let from = unsafe { self.local.load(Ordering::Relaxed).add(SIZE + chunk.offset as usize) };
+        if flags & MSG_TRUNC != 0 {
+            to.skip(len);
+        } else {
+            // SAFETY: `len` bytes are readable there.
+            unsafe { to.copy_from(len, |dst, at, len| shm::copy_from_shared(from.add(at), dst, len)) };
+        }
+        ring.consume(len as u32);
+        len
     }
 
     /// Takes data where it lies by `take`, which is told where it is and how much, and says how much it took. For splice.

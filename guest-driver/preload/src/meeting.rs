@@ -19,7 +19,7 @@ use crate::tcp::Counts;
 use dmbridge::Token;
 use sha2::{Digest, Sha256};
 
-/// What both ends have to speak.
+/// What both ends have to speak. A test says it too (`tests/tests/run_networks.rs`).
 const VERSION: u8 = 3;
 
 /// What is said in one turn.
