@@ -14,6 +14,7 @@ mod process;
 mod rendezvous;
 mod report;
 mod scratch;
+mod smc_option;
 mod topology;
 mod usage;
 
@@ -50,6 +51,8 @@ enum Command {
     Topology(topology::Args),
     /// In a guest: prepare AF_SMC (modules, user EID, buffers), and show whether it is really used
     GuestSetup(dmbridge_guest_setup::Args),
+    /// Let programs say by TCP's option that they speak SMC, so that Linux's AF_SMC talks to them (until the next boot; takes root)
+    SmcOption(smc_option::Args),
     /// One of the two processes of a measurement
     #[command(hide = true, name = bench::WORKER)]
     BenchWorker(pair::PairArgs),
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Command::Engines(args) => engines::run(args),
         Command::Topology(args) => topology::run(args),
         Command::GuestSetup(args) => dmbridge_guest_setup::run(&args).map_err(Into::into),
+        Command::SmcOption(args) => smc_option::run(args),
         Command::BenchWorker(args) => bench::work(args),
         Command::BenchMember(args) => bench::work_as_member(args),
         Command::BenchIdle(args) => bench::work_as_idle_client(args),

@@ -3,7 +3,7 @@
 //! The fences of the protocol are in here, so that no caller can forget one. Everything in a control line may be
 //! changed by the other guest at any time: every method reads what it needs once.
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering, full_fence};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, full_fence, or_and_fence};
 
 /// A control line as it lies in an extent or in the owner's RAM.
 #[derive(Debug, Default)]
@@ -77,11 +77,14 @@ impl ControlLine {
 
     /// Sender, after its write: sets bits, and says whom to ring.
     #[must_use = "somebody may have to be woken"]
+    #[inline]
     pub fn signal(&self, mask: u64) -> Option<Wake> {
-        if mask != 0 {
-            self.pending.fetch_or(mask, Ordering::Release);
+        if mask == 0 {
+            return self.ring();
         }
-        self.ring()
+        self.prefetch();
+        or_and_fence(&self.pending, mask);
+        self.look()
     }
 
     /// Sender, after its write: says whom to ring, without setting bits.
@@ -90,6 +93,12 @@ impl ControlLine {
     pub fn ring(&self) -> Option<Wake> {
         self.prefetch();
         full_fence();
+        self.look()
+    }
+
+    /// Behind the fence: whom to ring.
+    #[inline]
+    fn look(&self) -> Option<Wake> {
         if self.armed.load(Ordering::Relaxed) == 0 {
             self.suppressed.store(self.suppressed.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
             return None;

@@ -26,3 +26,14 @@ pub(crate) fn full_fence() {
 pub(crate) fn full_fence() {
     loom::sync::atomic::fence(Ordering::SeqCst);
 }
+
+/// Sets bits, after every earlier store, and orders it and them before every later load.
+#[inline]
+pub(crate) fn or_and_fence(word: &AtomicU64, bits: u64) {
+    word.fetch_or(bits, Ordering::SeqCst);
+    // On x86 the locked instruction was the fence, as long as the compiler keeps the order.
+    #[cfg(all(target_arch = "x86_64", not(miri), not(loom)))]
+    core::sync::atomic::compiler_fence(Ordering::SeqCst);
+    #[cfg(not(all(target_arch = "x86_64", not(miri), not(loom))))]
+    full_fence();
+}

@@ -2,7 +2,7 @@
 //! the two front-ends can do, and needs no attach.
 
 use crate::device::Core;
-use crate::dmb::RemoteDmb;
+use crate::dmb::{DmbState, RemoteDmb};
 use crate::error::Error;
 use crate::moves::{MoveQueue, Posted, Progress};
 use crate::proto::ids::Token;
@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 const STAGING: usize = 512 << 10;
 /// Data is staged in pieces up to this size, so that the device copies one while the next is staged.
 const PIECE: usize = STAGING / 4;
+/// How long a mover that is dropped waits for its moves.
+const DROP_PATIENCE: Duration = Duration::from_secs(10);
 /// The longest piece that one descriptor holds here, in bytes.
 const MAX_PIECE: u64 = 1 << 30;
 
@@ -281,6 +283,62 @@ impl Mover {
         Ticket(self.progress.posted())
     }
 
+    /// As [`wait`](Self::wait), until a deadline, and whether the moves went well or not.
+    pub(crate) fn wait_until(&self, ticket: Ticket, deadline: Option<Instant>) -> Result<bool, Error> {
+        self.queue().wait(&self.device, deadline, || self.progress.done() >= ticket.0)
+    }
+
+    /// Whether `len` bytes, at most a [`PIECE`], and a word after them can be posted without waiting for the device.
+    pub(crate) fn has_room(&self, len: usize) -> Result<bool, Error> {
+        self.queue().take(&self.device)?;
+        // Who has the buffer now waits for the device, perhaps.
+        Ok(self.staging.try_lock().is_ok_and(|staging| self.fits(&staging, len)))
+    }
+
+    /// As [`has_room`](Self::has_room), and waits for it.
+    pub(crate) fn wait_for_room(&self, len: usize, deadline: Option<Instant>) -> Result<bool, Error> {
+        loop {
+            self.queue().take(&self.device)?;
+            let seen = self.queue().taken();
+            let staging = match (self.staging.try_lock(), deadline) {
+                (Ok(staging), _) => staging,
+                (Err(_), None) => lock(&self.staging),
+                (Err(_), Some(deadline)) if Instant::now() < deadline => {
+                    std::thread::yield_now();
+                    continue;
+                }
+                (Err(_), Some(_)) => return Ok(false),
+            };
+            if self.fits(&staging, len) {
+                return Ok(true);
+            }
+            drop(staging);
+            // Whatever is in the way is under way.
+            if !self.queue().wait(&self.device, deadline, || self.queue().taken() != seen)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn fits(&self, staging: &Staging, len: usize) -> bool {
+        // At worst the data does not fit before the buffer's end, and the word after it neither.
+        let most = 2 * (len.next_multiple_of(64) + 64) as u64;
+        let used = staging.head - self.progress.staged.load(Ordering::Acquire);
+        used + most <= STAGING as u64 && self.queue().has_room()
+    }
+
+    /// Memory that this mover's moves can read.
+    pub(crate) fn buffer(&self, size: usize) -> Result<MoveBuffer, Error> {
+        self.device.allocate(size, 4096).map(MoveBuffer::new)
+    }
+
+    /// Has who waits at `dmb` woken when the next move is done. **Look again after this.** One-shot.
+    pub(crate) fn wake_when_done(&self, dmb: &Arc<DmbState>) -> Result<(), Error> {
+        self.device.watch_move_queue(self.queue)?;
+        self.progress.arm_for(dmb);
+        self.queue().take_and_arm().map_err(|e| self.device.give_up(e))
+    }
+
     /// The first failure since this was last asked.
     pub(crate) fn take_failure(&self) -> Result<(), Error> {
         self.progress.take_failure()
@@ -357,9 +415,14 @@ impl Mover {
 
 impl Drop for Mover {
     fn drop(&mut self) {
-        // The staging buffer must not be used for something else while the device reads it.
-        if self.progress.done() != self.progress.posted() && self.device.check().is_ok() {
-            let _ = self.flush();
+        if self.progress.done() == self.progress.posted() || self.device.check().is_err() {
+            return;
+        }
+        // The staging buffer must not be used for something else while the device reads it. Moves to who is paused take
+        // until that goes on, for which nobody waits here: the buffer is lost instead.
+        let deadline = Instant::now() + DROP_PATIENCE;
+        if !matches!(self.wait_until(self.last(), Some(deadline)), Ok(true)) {
+            std::mem::forget(std::mem::take(&mut *lock(&self.staging)));
         }
     }
 }

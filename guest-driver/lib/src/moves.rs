@@ -5,6 +5,7 @@
 //! where they belong; of several threads that wait, one sleeps on the queue's interrupt and wakes the others.
 
 use crate::device::Core;
+use crate::dmb::DmbState;
 use crate::error::Error;
 use crate::proto::moves::{HEADER_SIZE, MoveHeader, RESPONSE_SIZE};
 use crate::proto::status::Status;
@@ -66,6 +67,8 @@ pub(crate) struct Progress {
     failed: Mutex<Option<Status>>,
     fd: OnceLock<EventFd>,
     fd_armed: AtomicBool,
+    /// Who waits at a DMB of this side for moves to be done.
+    waiter: Mutex<Option<Arc<DmbState>>>,
 }
 
 impl Progress {
@@ -77,6 +80,7 @@ impl Progress {
             failed: Mutex::new(None),
             fd: OnceLock::new(),
             fd_armed: AtomicBool::new(false),
+            waiter: Mutex::new(None),
         }
     }
 
@@ -109,10 +113,13 @@ impl Progress {
     }
 
     fn tell_fd(&self) {
-        if self.fd_armed.swap(false, Ordering::AcqRel)
-            && let Some(fd) = self.fd.get()
-        {
-            let _ = fd.write(1);
+        if self.fd_armed.swap(false, Ordering::AcqRel) {
+            if let Some(fd) = self.fd.get() {
+                let _ = fd.write(1);
+            }
+            if let Some(dmb) = lock(&self.waiter).take() {
+                dmb.notify();
+            }
         }
     }
 
@@ -135,13 +142,18 @@ impl Progress {
         self.fd_armed.store(true, Ordering::Release);
         Ok(())
     }
+
+    /// As [`arm`](Self::arm), for who waits at a DMB.
+    pub(crate) fn arm_for(&self, dmb: &Arc<DmbState>) {
+        *lock(&self.waiter) = Some(dmb.clone());
+        self.fd_armed.store(true, Ordering::Release);
+    }
 }
 
 impl State {
     /// Takes every completion that is there.
     fn take(&mut self, taken: &AtomicU64) -> Result<(), Error> {
         while let Some((head, len)) = self.queue.pop()? {
-            taken.fetch_add(1, Ordering::Release);
             let posted = self.posted[usize::from(head)].take();
             let posted = posted.ok_or(Error::Contract("a move came back that was not posted"))?;
             if len as usize != RESPONSE_SIZE {
@@ -154,6 +166,8 @@ impl State {
             if let Some(progress) = &posted.progress {
                 progress.complete(&posted, result)?;
             }
+            // Last: who sees it sees the rest.
+            taken.fetch_add(1, Ordering::Release);
         }
         Ok(())
     }
@@ -226,9 +240,9 @@ impl MoveQueue {
             if state.queue.next_head(data.len() + 2).is_some() {
                 break state;
             }
-            let seen = self.taken.load(Ordering::Acquire);
+            let seen = self.taken();
             drop(state);
-            self.wait(device, None, || self.taken.load(Ordering::Acquire) != seen)?;
+            self.wait(device, None, || self.taken() != seen)?;
         };
         let State { queue, slots, posted: table, .. } = &mut *state;
         let Some(head) = queue.next_head(data.len() + 2) else { unreachable!("there was room just now") };
@@ -253,6 +267,16 @@ impl MoveQueue {
             device.transport().kick(self.number);
         }
         Ok(ticket)
+    }
+
+    /// How many completions were taken in all.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Acquire)
+    }
+
+    /// Whether there is room for more than one move.
+    pub(crate) fn has_room(&self) -> bool {
+        lock(&self.state).queue.has_room()
     }
 
     /// Takes the completions that are there.

@@ -10,10 +10,11 @@ use crate::lifeline::{Lifeline, Lifelines};
 use crate::ram::DmaBuffer;
 use crate::sync::lock;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::BorrowedFd;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 
 /// Somebody who has descriptors watched.
 pub(crate) trait Source: Send + Sync {
@@ -33,6 +34,8 @@ struct Sources {
     last: u64,
     /// By number. A number is never used again, so an event that comes late meets nobody.
     all: HashMap<u64, Weak<dyn Source>>,
+    /// When to call whom, and with what.
+    alarms: BTreeSet<(Instant, u64, u8)>,
 }
 
 /// What a source wants to know of a descriptor.
@@ -106,7 +109,7 @@ impl Reactor {
     fn run(&self) {
         let mut events = [EpollEvent::empty(); 64];
         loop {
-            let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            let ready = match self.epoll.wait(&mut events, self.timeout()) {
                 Ok(ready) => &events[..ready],
                 Err(nix::Error::EINTR) => continue,
                 Err(errno) => {
@@ -121,6 +124,46 @@ impl Reactor {
                     source.ready(event.data() as u8);
                 }
             }
+            self.alarm();
+        }
+    }
+
+    /// Until the first alarm.
+    fn timeout(&self) -> EpollTimeout {
+        let Some(next) = lock(&self.sources).alarms.first().map(|(when, ..)| *when) else {
+            return EpollTimeout::NONE;
+        };
+        let left = next.saturating_duration_since(Instant::now()).as_millis().min(60_000);
+        EpollTimeout::try_from(left as i32 + 1).unwrap_or(EpollTimeout::NONE)
+    }
+
+    /// Calls those whose time has come.
+    fn alarm(&self) {
+        let mut sources = lock(&self.sources);
+        if sources.alarms.is_empty() {
+            return;
+        }
+        let Sources { all, alarms, .. } = &mut *sources;
+        let later = alarms.split_off(&(Instant::now(), u64::MAX, u8::MAX));
+        let due = std::mem::replace(alarms, later).into_iter();
+        let due: Vec<_> =
+            due.filter_map(|(_, number, what)| Some((all.get(&number)?.upgrade()?, what))).collect();
+        drop(sources);
+        due.into_iter().for_each(|(source, what)| source.ready(what));
+    }
+}
+
+/// Lets a source that was called be called again after a while. From [`Registration::alarm`].
+pub(crate) struct Alarm {
+    reactor: Weak<Reactor>,
+    number: u64,
+}
+
+impl Alarm {
+    /// Calls the source with `what` after so long. To be used on the reactor's thread, which does not look here while it waits.
+    pub(crate) fn set(&self, after: Duration, what: u8) {
+        if let Some(reactor) = self.reactor.upgrade() {
+            lock(&reactor.sources).alarms.insert((Instant::now() + after, self.number, what));
         }
     }
 }
@@ -136,6 +179,11 @@ impl Registration {
             };
         let event = EpollEvent::new(flags, self.number << 8 | u64::from(what));
         self.reactor.epoll.add(fd, event).map_err(Error::errno("watch a descriptor"))
+    }
+
+    /// For alarms of the source.
+    pub(crate) fn alarm(&self) -> Alarm {
+        Alarm { reactor: Arc::downgrade(&self.reactor), number: self.number }
     }
 
     /// No longer watches a descriptor that is about to be closed. Needed where a copy of it stays open elsewhere, in
@@ -155,21 +203,25 @@ impl Drop for Registration {
 mod tests {
     use super::*;
     use std::os::fd::{AsRawFd, BorrowedFd};
-    use std::sync::mpsc;
+    use std::sync::{OnceLock, mpsc};
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-    struct Told(mpsc::Sender<u8>);
+    /// Tells what it is called with, and asks for an alarm if it was 7.
+    struct Told(mpsc::Sender<u8>, OnceLock<Alarm>);
 
     impl Source for Told {
         fn ready(&self, what: u8) {
+            if let (7, Some(alarm)) = (what, self.1.get()) {
+                alarm.set(Duration::from_millis(1), 8);
+            }
             let _ = self.0.send(what);
         }
     }
 
     #[test]
-    fn a_source_is_told_once_per_write_until_it_is_dropped() {
+    fn a_source_is_told_once_per_write_and_by_its_alarms_until_it_is_dropped() {
         let (sender, told) = mpsc::channel();
-        let source = Arc::new(Told(sender));
+        let source = Arc::new(Told(sender, OnceLock::new()));
         let weak: Weak<dyn Source> = Arc::downgrade(&(source.clone() as Arc<dyn Source>));
         let registration = Reactor::get().unwrap().register(weak);
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -180,6 +232,9 @@ mod tests {
             fd.write(1).unwrap();
             assert_eq!(told.recv(), Ok(7));
         }
+        assert!(source.1.set(registration.alarm()).is_ok());
+        fd.write(1).unwrap();
+        assert_eq!((told.recv(), told.recv()), (Ok(7), Ok(8)));
         drop(registration);
         drop(source);
         assert!(told.recv().is_err());

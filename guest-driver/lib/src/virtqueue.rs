@@ -129,6 +129,11 @@ impl Virtqueue {
         (needed <= usize::from(self.num_free)).then_some(self.first_free)
     }
 
+    /// Whether half of the queue is free.
+    pub(crate) fn has_room(&self) -> bool {
+        self.num_free >= self.layout.size / 2
+    }
+
     fn is_indirect(&self, pieces: usize) -> bool {
         self.indirect && pieces > DIRECT
     }

@@ -18,8 +18,16 @@ const ANY: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
 /// One end with a device of its own.
 fn smc(daemon: &TestDaemon) -> Smc {
-    Smc::new(Device::connect(daemon.hub()).unwrap())
+    smc_that(daemon, true)
 }
+
+/// One end with a device that can map, or not.
+fn smc_that(daemon: &TestDaemon, maps: bool) -> Smc {
+    Smc::new(Device::builder().map(maps).connect(daemon.hub()).unwrap())
+}
+
+/// What the two ends can do: map, that is. Where one cannot, both directions move.
+const WAYS: [[bool; 2]; 4] = [[true, true], [true, false], [false, true], [false, false]];
 
 /// Two connected ends.
 fn pair(server: &Smc, client: &Smc) -> (SmcStream, SmcStream) {
@@ -36,7 +44,12 @@ fn over(listener: &SmcListener, client: &Smc) -> (SmcStream, SmcStream) {
 
 /// As [`pair`], certainly over DMBs.
 fn carried(daemon: &TestDaemon) -> (SmcStream, SmcStream) {
-    let (a, b) = pair(&smc(daemon), &smc(daemon));
+    carried_by(daemon, [true, true])
+}
+
+/// As [`carried`], by these ways.
+fn carried_by(daemon: &TestDaemon, maps: [bool; 2]) -> (SmcStream, SmcStream) {
+    let (a, b) = pair(&smc_that(daemon, maps[0]), &smc_that(daemon, maps[1]));
     assert!(a.is_smc() && b.is_smc(), "{a:?} {b:?}");
     (a, b)
 }
@@ -86,6 +99,42 @@ fn bytes_go_both_ways_over_dmbs() {
     assert_eq!(a.peer_addr().unwrap(), b.local_addr().unwrap());
     let report = daemon.report();
     assert!(report.devices.iter().all(|d| d.dmbs == 1 && d.attached == 1), "{report:?}");
+}
+
+#[test]
+fn bytes_go_both_ways_by_whatever_the_devices_can() {
+    for maps in WAYS {
+        let daemon = TestDaemon::start();
+        let (a, b) = carried_by(&daemon, maps);
+        exchange(&a, &b, 5_000_001);
+        // Who sleeps at once is woken at each turn.
+        a.set_spin(Duration::ZERO);
+        b.set_spin(Duration::ZERO);
+        exchange(&a, &b, 1_000_001);
+        let moved: u64 = daemon.report().devices.iter().map(|d| d.moved_bytes).sum();
+        assert_eq!(moved >= 12_000_000, maps != [true, true], "{maps:?}: {moved} bytes were moved");
+    }
+}
+
+#[test]
+fn a_ring_that_is_gone_around_often_loses_nothing_whoever_is_slow() {
+    let daemon = TestDaemon::start();
+    for maps in WAYS {
+        let build = |maps| {
+            let device = Device::builder().map(maps).connect(daemon.hub()).unwrap();
+            Smc::builder().device(device, 0).buffer(16 << 10, 16 << 10, 16 << 10).build()
+        };
+        let (a, b) = pair(&build(maps[0]), &build(maps[1]));
+        let data = pattern(300_000);
+        thread::scope(|scope| {
+            scope.spawn(|| (&a).write_all(&data).unwrap());
+            let mut got = vec![0; data.len()];
+            for part in got.chunks_mut(997) {
+                (&b).read_exact(part).unwrap();
+            }
+            assert!(got == data);
+        });
+    }
 }
 
 #[test]
@@ -304,6 +353,7 @@ fn observe<S: Socket>(a: S, b: S) -> Vec<String> {
         "vectored write",
         kind(b.write_vectored(&[IoSlice::new(b"one, "), IoSlice::new(b""), IoSlice::new(b"two")])),
     );
+    a.settle(8, false);
     say("peek", kind(a.peek(&mut buffer)));
     let (mut first, mut second) = ([0; 4], [0; 10]);
     let parts = &mut [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
@@ -329,9 +379,7 @@ fn observe<S: Socket>(a: S, b: S) -> Vec<String> {
 
     a.set_nonblocking(true);
     let mut total = 0;
-    while let Ok(len) = a.write(&[1; 65_536]) {
-        total += len;
-    }
+    fill(&a, &b, &mut total);
     say("full", kind(a.write(&[1; 10])));
     a.set_nonblocking(false);
     a.set_write_timeout(Some(Duration::from_millis(5)));
@@ -353,10 +401,27 @@ fn observe<S: Socket>(a: S, b: S) -> Vec<String> {
     seen
 }
 
+/// Writes until nothing fits any more, without waiting: neither into the buffer, nor where moves start from.
+fn fill<S: Socket>(from: &S, to: &S, total: &mut usize) {
+    until("it is full", || {
+        // In this order: what has arrived is in nobody's way.
+        let arrived = to.has_all(*total);
+        match from.write(&[1; 65_536]) {
+            Ok(len) => {
+                *total += len;
+                None
+            }
+            Err(_) => arrived.then_some(()),
+        }
+    });
+}
+
 /// What the two kinds of sockets have in common.
 trait Socket {
     /// Waits until what was sent has arrived: TCP takes its time.
     fn settle(&self, waits: usize, finished: bool);
+    /// Whether so much has arrived, for what tells.
+    fn has_all(&self, total: usize) -> bool;
     fn read(&self, to: &mut [u8]) -> std::io::Result<usize>;
     fn read_vectored(&self, to: &mut [IoSliceMut<'_>]) -> std::io::Result<usize>;
     fn write(&self, from: &[u8]) -> std::io::Result<usize>;
@@ -370,8 +435,11 @@ trait Socket {
 }
 
 macro_rules! socket {
-    ($kind:ty, $settle:expr) => {
+    ($kind:ty, $settle:expr, $has_all:expr) => {
         impl Socket for $kind {
+            fn has_all(&self, total: usize) -> bool {
+                $has_all(self, total)
+            }
             fn settle(&self, waits: usize, finished: bool) {
                 $settle(self, waits, finished)
             }
@@ -408,8 +476,19 @@ macro_rules! socket {
         }
     };
 }
-socket!(TcpStream, settle_tcp);
-socket!(SmcStream, |_: &SmcStream, _, _| ());
+socket!(TcpStream, settle_tcp, |_: &TcpStream, _| true);
+socket!(SmcStream, settle_smc, |smc: &SmcStream, total| {
+    total == 0 || !smc.is_smc() || smc.peek(&mut vec![0; total]).ok() == Some(total)
+});
+
+/// What is moved takes its time, too. The stream does not wait here.
+fn settle_smc(smc: &SmcStream, waits: usize, finished: bool) {
+    let mut buffer = [0; 1 << 16];
+    until("what was moved is there", || match smc.peek(&mut buffer) {
+        Ok(there) => (there >= waits).then_some(()),
+        Err(_) => (waits == 0 && !finished).then_some(()),
+    });
+}
 
 fn settle_tcp(tcp: &TcpStream, waits: usize, finished: bool) {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -438,12 +517,14 @@ fn a_program_sees_what_it_sees_with_tcp() {
     let (a, b) = pair(&none, &none);
     assert_eq!(observe(a, b), with_tcp);
     let daemon = TestDaemon::start();
-    let (a, b) = carried(&daemon);
-    assert_eq!(observe(a, b), with_tcp);
+    for maps in WAYS {
+        let (a, b) = carried_by(&daemon, maps);
+        assert_eq!(observe(a, b), with_tcp, "{maps:?}");
+    }
 }
 
 /// A script of operations on two connected ends, drawn from a seed, and everything that a program sees of it.
-fn random<S: Socket>(a: S, b: S, seed: u64) -> Vec<String> {
+fn random<S: Socket>(a: S, b: S, seed: u64, moves: bool) -> Vec<String> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut draw = |below: usize| {
         state ^= state << 13;
@@ -489,6 +570,8 @@ fn random<S: Socket>(a: S, b: S, seed: u64) -> Vec<String> {
             }
             15..=17 => ends[me].peek(&mut buffer),
             // Both together make Linux's TCP reset who still sends; that is not copied.
+            // Nothing tells that an end was moved that comes after data.
+            18 if moves && finished[me] && waits[me] != 0 => continue,
             18 if step > 40 && !deaf[me] => {
                 finished[1 - me] = true;
                 ends[me].shutdown(Shutdown::Write).map(|()| 0)
@@ -508,18 +591,20 @@ fn random<S: Socket>(a: S, b: S, seed: u64) -> Vec<String> {
 #[test]
 fn a_program_sees_what_it_sees_with_tcp_whatever_it_does() {
     let daemon = TestDaemon::start();
-    let (server, client) = (smc(&daemon), smc(&daemon));
-    let listener = server.bind(ANY).unwrap();
+    let ends = WAYS.map(|maps| maps.map(|maps| smc_that(&daemon, maps)));
+    let listeners = ends.each_ref().map(|[server, _]| server.bind(ANY).unwrap());
     let plain = TcpListener::bind(ANY).unwrap();
     for seed in 0..150 {
+        let way = seed as usize % WAYS.len();
+        let (listener, client) = (&listeners[way], &ends[way][1]);
         let there = TcpStream::connect(plain.local_addr().unwrap()).unwrap();
         let here = plain.accept().unwrap().0;
         here.set_nodelay(true).unwrap();
         there.set_nodelay(true).unwrap();
-        let with_tcp = random(here, there, seed);
-        let (a, b) = over(&listener, &client);
+        let with_tcp = random(here, there, seed, WAYS[way] != [true, true]);
+        let (a, b) = over(listener, client);
         assert!(a.is_smc() && b.is_smc());
-        let with_smc = random(a, b, seed);
+        let with_smc = random(a, b, seed, WAYS[way] != [true, true]);
         for (smc, tcp) in with_smc.iter().zip(&with_tcp) {
             assert_eq!(smc, tcp, "seed {seed}");
         }
@@ -529,42 +614,48 @@ fn a_program_sees_what_it_sees_with_tcp_whatever_it_does() {
 #[test]
 fn who_waits_is_woken_by_a_shutdown_of_its_own_side() {
     let daemon = TestDaemon::start();
-    let (a, b) = carried(&daemon);
-    a.set_spin(Duration::ZERO);
-    thread::scope(|scope| {
-        let reader = scope.spawn(|| a.read(&mut [0]));
-        let writer = scope.spawn(|| {
-            let mut error = None;
-            while error.is_none() {
-                error = a.write(&[0; 1 << 20]).err();
-            }
-            error.map(|error| error.kind())
+    for maps in WAYS {
+        let (a, b) = carried_by(&daemon, maps);
+        a.set_spin(Duration::ZERO);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| a.read(&mut [0]));
+            let writer = scope.spawn(|| {
+                let mut error = None;
+                while error.is_none() {
+                    error = a.write(&[0; 1 << 20]).err();
+                }
+                error.map(|error| error.kind())
+            });
+            // Full, so that the writer waits.
+            until("the ring is full", || b.peek(&mut [0; 1 << 16]).ok().filter(|len| *len == 1 << 16));
+            a.shutdown(Shutdown::Both).unwrap();
+            assert_eq!(reader.join().unwrap().unwrap(), 0);
+            assert_eq!(writer.join().unwrap(), Some(ErrorKind::BrokenPipe));
         });
-        // Full, so that the writer waits.
-        until("the ring is full", || b.peek(&mut [0; 1 << 16]).ok().filter(|len| *len == 1 << 16));
-        a.shutdown(Shutdown::Both).unwrap();
-        assert_eq!(reader.join().unwrap().unwrap(), 0);
-        assert_eq!(writer.join().unwrap(), Some(ErrorKind::BrokenPipe));
-    });
+    }
 }
 
 #[test]
 fn data_left_unread_resets_the_other_end() {
     let daemon = TestDaemon::start();
-    let (a, mut b) = carried(&daemon);
-    b.write_all(b"never read").unwrap();
-    drop(a);
-    until("the other end is reset", || match b.read(&mut [0]) {
-        Err(error) => (error.kind() == ErrorKind::ConnectionReset).then_some(()),
-        Ok(_) => panic!("nothing was sent"),
-    });
+    for maps in WAYS {
+        let (a, mut b) = carried_by(&daemon, maps);
+        b.write_all(b"never read").unwrap();
+        a.settle(10, false);
+        drop(a);
+        until("the other end is reset", || match b.read(&mut [0]) {
+            Err(error) => (error.kind() == ErrorKind::ConnectionReset).then_some(()),
+            Ok(_) => panic!("nothing was sent"),
+        });
+    }
 }
 
 #[test]
 fn in_place_works_whatever_carries_the_connection() {
     let daemon = TestDaemon::start();
     let none = Smc::builder().build();
-    for (a, b) in [carried(&daemon), pair(&none, &none)] {
+    let carried = WAYS.map(|maps| carried_by(&daemon, maps));
+    for (a, b) in carried.into_iter().chain([pair(&none, &none)]) {
         const WORDS: u64 = 300_000;
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -603,9 +694,9 @@ fn in_place_works_whatever_carries_the_connection() {
 
 #[test]
 fn a_killed_peer_resets_the_connection_with_the_daemon_and_without_it() {
-    for daemon_lives in [true, false] {
+    for (daemon_lives, maps) in [(true, true), (true, false), (false, true)] {
         let mut daemon = TestDaemon::start();
-        let server = smc(&daemon);
+        let server = smc_that(&daemon, maps);
         let listener = server.bind(ANY).unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "the_peer_that_is_killed", "--nocapture"])
@@ -766,33 +857,70 @@ impl Mover {
 #[test]
 fn a_peer_that_moves_as_linux_does_is_understood() {
     let daemon = TestDaemon::start();
-    let server = Smc::builder()
-        .device(Device::connect(daemon.hub()).unwrap(), 0)
-        .buffer(32 << 10, 32 << 10, 32 << 10)
-        .build();
-    let ring = (32 << 10) - CDC_SIZE as u32;
+    for maps in [true, false] {
+        let server = Smc::builder()
+            .device(Device::builder().map(maps).connect(daemon.hub()).unwrap(), 0)
+            .buffer(32 << 10, 32 << 10, 32 << 10)
+            .build();
+        let ring = (32 << 10) - CDC_SIZE as u32;
+        let listener = server.bind(ANY).unwrap();
+        let device = Device::connect(daemon.hub()).unwrap();
+        let (mut peer, tcp) = Mover::connect(&device, listener.local_addr().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        assert!(stream.is_smc());
+        let data = pattern(10_001);
+        for _ in 0..20 {
+            peer.send(&data, ring);
+            let mut got = vec![0; data.len()];
+            stream.read_exact(&mut got).unwrap();
+            assert!(got == data);
+            stream.write_all(&data).unwrap();
+            assert!(peer.receive(data.len()) == data);
+        }
+        // Linux ends half of the TCP connection as well, and that may arrive first.
+        tcp.shutdown(Shutdown::Write).unwrap();
+        peer.say(ProducerFlags::empty(), StateFlags::PEER_DONE_WRITING);
+        assert_eq!(stream.read(&mut [0; 10]).unwrap(), 0);
+        stream.write_all(b"last").unwrap();
+        assert_eq!(peer.receive(4), b"last");
+        peer.say(ProducerFlags::empty(), StateFlags::PEER_DONE_WRITING | StateFlags::PEER_CONN_CLOSED);
+        drop(stream);
+        until("the last word is there", || (peer.state() == StateFlags::PEER_CONN_CLOSED).then_some(()));
+    }
+}
+
+#[test]
+fn every_word_comes_with_a_signal_because_a_kernel_looks_at_nothing_else() {
+    let daemon = TestDaemon::start();
+    for maps in [true, false] {
+        let server = smc_that(&daemon, maps);
+        let listener = server.bind(ANY).unwrap();
+        let device = Device::connect(daemon.hub()).unwrap();
+        let (mut peer, _tcp) = Mover::connect(&device, listener.local_addr().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"data").unwrap();
+        assert_eq!(peer.local.wait(Some(DEADLINE)).unwrap(), 1);
+        assert_eq!(peer.receive(4), b"data");
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(peer.local.wait(Some(DEADLINE)).unwrap(), 1);
+        assert_eq!(peer.state(), StateFlags::PEER_DONE_WRITING);
+    }
+}
+
+#[test]
+fn a_peer_that_ends_its_buffer_resets_who_writes_there() {
+    let daemon = TestDaemon::start();
+    let server = smc_that(&daemon, false);
     let listener = server.bind(ANY).unwrap();
     let device = Device::connect(daemon.hub()).unwrap();
-    let (mut peer, tcp) = Mover::connect(&device, listener.local_addr().unwrap());
-    let (mut stream, _) = listener.accept().unwrap();
-    assert!(stream.is_smc());
-    let data = pattern(10_001);
-    for _ in 0..20 {
-        peer.send(&data, ring);
-        let mut got = vec![0; data.len()];
-        stream.read_exact(&mut got).unwrap();
-        assert!(got == data);
-        stream.write_all(&data).unwrap();
-        assert!(peer.receive(data.len()) == data);
-    }
-    peer.say(ProducerFlags::empty(), StateFlags::PEER_DONE_WRITING);
-    assert_eq!(stream.read(&mut [0; 10]).unwrap(), 0);
-    stream.write_all(b"last").unwrap();
-    assert_eq!(peer.receive(4), b"last");
-    peer.say(ProducerFlags::empty(), StateFlags::PEER_DONE_WRITING | StateFlags::PEER_CONN_CLOSED);
-    drop(stream);
-    assert_eq!(peer.state(), StateFlags::PEER_CONN_CLOSED);
-    drop(tcp);
+    let (peer, _tcp) = Mover::connect(&device, listener.local_addr().unwrap());
+    let (stream, _) = listener.accept().unwrap();
+    drop(peer.local);
+    until("the writer is told", || match stream.write(b"x") {
+        Ok(_) => None,
+        Err(error) => (error.kind() == ErrorKind::ConnectionReset).then_some(()),
+    });
+    assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
 #[test]
@@ -849,24 +977,28 @@ fn a_client_out_of_sync_declines_and_the_next_connection_is_a_first_contact() {
 fn a_descriptor_tells_when_there_is_something_to_do() {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let daemon = TestDaemon::start();
-    let (a, mut b) = carried(&daemon);
-    a.set_nonblocking(true).unwrap();
-    assert_eq!(a.arm(true, true).unwrap(), (false, true));
-    let fds = || PollFd::new(a.readiness_fd().unwrap(), PollFlags::POLLIN);
-    assert_eq!(poll(&mut [fds()], PollTimeout::ZERO).unwrap(), 0);
-    b.write_all(b"x").unwrap();
-    assert_eq!(poll(&mut [fds()], PollTimeout::NONE).unwrap(), 1);
-    assert_eq!(a.arm(true, false).unwrap(), (true, false));
-    assert_eq!(a.read(&mut [0; 2]).unwrap(), 1);
-    while a.write(&[0; 1 << 16]).is_ok() {}
-    assert_eq!(a.arm(false, true).unwrap(), (false, false));
-    let mut buffer = vec![0; 1 << 20];
-    b.read_exact(&mut buffer[..1 << 17]).unwrap();
-    let fds = || PollFd::new(a.readiness_fd().unwrap(), PollFlags::POLLIN);
-    assert_eq!(poll(&mut [fds()], PollTimeout::NONE).unwrap(), 1);
-    assert_eq!(a.arm(false, true).unwrap(), (false, true));
-    drop(b);
-    until("the end is told", || a.arm(true, false).unwrap().0.then_some(()));
+    for maps in WAYS {
+        let (a, mut b) = carried_by(&daemon, maps);
+        a.set_nonblocking(true).unwrap();
+        assert_eq!(a.arm(true, true).unwrap(), (false, true));
+        let fds = || PollFd::new(a.readiness_fd().unwrap(), PollFlags::POLLIN);
+        assert_eq!(poll(&mut [fds()], PollTimeout::ZERO).unwrap(), 0);
+        b.write_all(b"x").unwrap();
+        assert_eq!(poll(&mut [fds()], PollTimeout::NONE).unwrap(), 1);
+        assert_eq!(a.arm(true, false).unwrap(), (true, false));
+        assert_eq!(a.read(&mut [0; 2]).unwrap(), 1);
+        fill(&a, &b, &mut 0);
+        assert_eq!(a.arm(false, true).unwrap(), (false, false));
+        let mut buffer = vec![0; 1 << 20];
+        b.read_exact(&mut buffer[..1 << 17]).unwrap();
+        let fds = || PollFd::new(a.readiness_fd().unwrap(), PollFlags::POLLIN);
+        until("there is room", || {
+            assert_eq!(poll(&mut [fds()], PollTimeout::NONE).unwrap(), 1);
+            a.arm(false, true).unwrap().1.then_some(())
+        });
+        drop(b);
+        until("the end is told", || a.arm(true, false).unwrap().0.then_some(()));
+    }
 }
 
 #[test]

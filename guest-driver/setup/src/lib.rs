@@ -91,6 +91,8 @@ pub struct State {
     pub devices: Vec<Device>,
     /// User EIDs.
     pub eids: Vec<String>,
+    /// Whether programs can say that they speak SMC, so that AF_SMC talks to the library.
+    pub programs: bool,
     /// What SMC counted since it was loaded.
     pub statistics: Statistics,
 }
@@ -103,7 +105,8 @@ impl State {
     /// If SMC is not there.
     pub fn look() -> Result<State, Error> {
         let mut smc = Smc::open()?;
-        Ok(State { devices: Device::all(), eids: smc.eids()?, statistics: smc.statistics()? })
+        let programs = dmbridge_smc_option::is_installed();
+        Ok(State { devices: Device::all(), eids: smc.eids()?, programs, statistics: smc.statistics()? })
     }
 }
 
@@ -153,6 +156,10 @@ fn prepare(args: &Args) -> Result<(), Error> {
             std::fs::write(&path, bytes).map_err(Error::system(format!("writing {path}")))?;
         }
     }
+    // Nothing that AF_SMC needs among its own.
+    if let Err(error) = dmbridge_smc_option::install() {
+        eprintln!("programs that use dmbridge's library will be plain TCP ones to AF_SMC: {error}");
+    }
     Ok(())
 }
 
@@ -191,6 +198,9 @@ fn print(state: &State, out: &mut impl Write) -> std::io::Result<()> {
         [] => writeln!(out, "user EID   none, so every connection falls back to TCP; run without --show")?,
         eids => eids.iter().try_for_each(|eid| writeln!(out, "user EID   {eid}"))?,
     }
+    let programs =
+        if state.programs { "can say that they speak SMC" } else { "are plain TCP ones to AF_SMC" };
+    writeln!(out, "programs   {programs}")?;
     let Statistics { smcd, smcr, fallbacks, .. } = &state.statistics;
     let connections = smcd.client_v1 + smcd.client_v2 + smcd.server_v1 + smcd.server_v2;
     match connections {

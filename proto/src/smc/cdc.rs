@@ -3,7 +3,8 @@
 //! | offset | size | field |
 //! | --- | --- | --- |
 //! | 0 | 1 | type, 0xFE |
-//! | 1 | 7 | reserved |
+//! | 1 | 1 | reserved; here 1 of a writer that goes on to read its own DMB when this side's device is gone. Linux does not, and writes 0 |
+//! | 2 | 6 | reserved |
 //! | 8 | 8 | the peer's producer cursor: how far it has written into this DMB |
 //! | 16 | 8 | the peer's consumer cursor: how far it has read from its own DMB; and its flags, both kinds |
 //! | 24 | 8 | reserved |
@@ -21,6 +22,12 @@ use crate::sync::{AtomicU64, Ordering};
 pub const CDC_SIZE: usize = 32;
 /// Type of a CDC message.
 pub const CDC_TYPE: u8 = 0xfe;
+/// The first word of a message: its type, and that its writer reads on.
+pub const CDC_KIND: [u8; 8] = [CDC_TYPE, 1, 0, 0, 0, 0, 0, 0];
+/// Where the producer cursor's word lies, for who writes it by a move.
+pub const PROD_OFFSET: usize = core::mem::offset_of!(CdcMessage, prod);
+/// Where the consumer cursor's word lies.
+pub const CONS_OFFSET: usize = core::mem::offset_of!(CdcMessage, cons);
 
 bitflags::bitflags! {
     /// `struct smc_cdc_producer_flags`, bit for bit as Linux's bit fields lie on a little-endian machine.
@@ -118,7 +125,12 @@ impl CdcMessage {
 
     /// Writer, once: marks the message as one.
     pub fn init(&self) {
-        self.kind.store(u64::from_ne_bytes([CDC_TYPE, 0, 0, 0, 0, 0, 0, 0]), Ordering::Relaxed);
+        self.kind.store(u64::from_ne_bytes(CDC_KIND), Ordering::Relaxed);
+    }
+
+    /// Reader: whether the peer says that it reads on when this side's device is gone.
+    pub fn reads_on(&self) -> bool {
+        self.kind.load(Ordering::Relaxed) == u64::from_ne_bytes(CDC_KIND)
     }
 
     /// Writer: what it has written into this DMB. Everything written before is visible to who reads the word.
@@ -167,7 +179,7 @@ mod tests {
         let bytes: [u8; 32] = unsafe { core::mem::transmute(cdc) };
         assert_eq!(
             bytes,
-            *b"\xfe\0\0\0\0\0\0\0\x02\x01\x06\x05\x04\x03\0\0\x01\0\x02\0\0\0\x80\xc0\0\0\0\0\0\0\0\0"
+            *b"\xfe\x01\0\0\0\0\0\0\x02\x01\x06\x05\x04\x03\0\0\x01\0\x02\0\0\0\x80\xc0\0\0\0\0\0\0\0\0"
         );
     }
 

@@ -1,7 +1,6 @@
 //! Link groups: which two devices have contact, so that further connections between them need no introduction (Linux
 //! `smc_conn_create`). Not what they share, such as buffers: that hangs on a group's [`LinkId`] elsewhere.
 
-use super::clc::Reason;
 use alloc::vec::Vec;
 
 /// This side's name for a link group; never used again.
@@ -56,27 +55,24 @@ impl LinkGroups {
         }
     }
 
-    /// A client that was accepted, at first contact or not as the server says.
-    ///
-    /// # Errors
-    ///
-    /// [`Reason::OUT_OF_SYNC`]: the server believes in a group that this side does not have. To be declined with it.
-    pub fn join_as_client(
-        &mut self,
-        device: usize,
-        peer: u64,
-        first_contact: bool,
-    ) -> Result<Membership, Reason> {
+    /// A client that was accepted, at first contact or not as the server says. `None`: the server believes in a group that this
+    /// side does not have, see [`join_unknown`](Self::join_unknown).
+    pub fn join_as_client(&mut self, device: usize, peer: u64, first_contact: bool) -> Option<Membership> {
         // A server that begins a group has lost the old one, whose last connections may live on.
         if first_contact {
             if let Some(old) = self.groups.iter_mut().find(|g| g.is(device, peer)) {
                 old.ended = true;
             }
             self.forget_unused();
-            return Ok(Membership { group: self.begin(device, peer), first_contact: true });
+            return Some(Membership { group: self.begin(device, peer), first_contact: true });
         }
-        let group = self.find(device, peer).ok_or(Reason::OUT_OF_SYNC)?;
-        Ok(Membership { group, first_contact: false })
+        Some(Membership { group: self.find(device, peer)?, first_contact: false })
+    }
+
+    /// A client whose server believes in a group that this side does not have. Linux's client declines, out of sync; but a group of
+    /// SMC-D is nothing that two ends would have to agree about, and the server may have met another program with the same device.
+    pub fn join_unknown(&mut self, device: usize, peer: u64) -> Membership {
+        Membership { group: self.begin(device, peer), first_contact: false }
     }
 
     /// A connection of a group has ended, or was declined after all. A group that has none stays, for the next one.
@@ -168,9 +164,14 @@ mod tests {
     }
 
     #[test]
-    fn a_client_without_the_servers_group_declines_out_of_sync() {
+    fn a_client_without_the_servers_group_begins_one_of_its_own() {
         let mut client = LinkGroups::new();
-        assert_eq!(client.join_as_client(0, 8, false), Err(Reason::OUT_OF_SYNC));
+        assert_eq!(client.join_as_client(0, 8, false), None);
+        let unknown = client.join_unknown(0, 8);
+        assert!(!unknown.first_contact);
+        assert_eq!(client.join_as_client(0, 8, false), Some(unknown));
+        client.leave(unknown.group);
+        client.leave(unknown.group);
         let first = client.join_as_client(0, 8, true).unwrap();
         // The server was restarted and knows nothing of it.
         let second = client.join_as_client(0, 8, true).unwrap();

@@ -1,7 +1,8 @@
-//! Stream sockets of Linux in a guest, AF_SMC or TCP: the program with which tests exchange bytes between guests.
+//! Stream sockets in a guest, Linux's AF_SMC or TCP, or the library's: the program with which tests exchange bytes between guests.
 //!
-//! `vm-sockets smc|tcp listen PORT WHAT …` says `listening` and serves; `vm-sockets smc|tcp connect ADDRESS PORT WHAT …` uses
-//! it. Both end with one line of JSON, `{"error": …}` if it failed.
+//! `vm-sockets smc|tcp|library listen PORT WHAT …` says `listening` and serves; `vm-sockets smc|tcp|library connect ADDRESS PORT
+//! WHAT …` uses it. Both end with one line of JSON, `{"error": …}` if it failed; the library's also if a connection is not SMC's.
+//! The library uses what device there is.
 //!
 //! | what | |
 //! | --- | --- |
@@ -9,10 +10,12 @@
 //! | `hang` | one connection, which sends all the time and reads until it ends |
 
 use anyhow::{Context, Result, bail};
+use dmbridge::Device;
+use dmbridge::smc::{Smc, SmcListener, SmcStream};
 use dmbridge_tests::bytes::{Hash, generate};
 use serde_json::{Value, json};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::Instant;
@@ -28,19 +31,67 @@ fn main() {
     println!("{answer}");
 }
 
+/// A connection of any kind.
+trait Stream: Read + Write + Send + Sized + 'static {
+    fn another(&self) -> std::io::Result<Self>;
+    fn finish(&self) -> std::io::Result<()>;
+}
+
+impl Stream for TcpStream {
+    fn another(&self) -> std::io::Result<TcpStream> {
+        self.try_clone()
+    }
+
+    fn finish(&self) -> std::io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
+impl Stream for SmcStream {
+    fn another(&self) -> std::io::Result<SmcStream> {
+        self.try_clone()
+    }
+
+    fn finish(&self) -> std::io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
 fn run(words: &[&str]) -> Result<Value> {
     let (family, words) = words.split_first().context("the family is missing")?;
+    let smc = if *family == "library" { Some(Smc::new(Device::open()?)) } else { None };
     let family = if *family == "smc" { AF_SMC } else { libc::AF_INET };
     match words {
         ["listen", port, what @ ..] => {
-            let listener = listen(family, port.parse()?)?;
+            let port = port.parse()?;
+            if let Some(smc) = smc {
+                let listener = smc.bind((Ipv4Addr::UNSPECIFIED, port))?;
+                println!("listening");
+                return serve(&|| by_smc(accept_library(&listener)?), what);
+            }
+            let listener = listen(family, port)?;
             println!("listening");
-            serve(&listener, what)
+            serve(&|| Ok(listener.accept().context("accept")?.0), what)
         }
         ["connect", address, port, what @ ..] => {
-            use_it(&|| connect(family, SocketAddrV4::new(address.parse()?, port.parse()?)), what)
+            let address = SocketAddrV4::new(address.parse()?, port.parse()?);
+            match smc {
+                Some(smc) => use_it(&|| by_smc(smc.connect(address)?), what),
+                None => use_it(&|| connect(family, address), what),
+            }
         }
         _ => bail!("listen or connect?"),
+    }
+}
+
+fn accept_library(listener: &SmcListener) -> Result<SmcStream> {
+    Ok(listener.accept().context("accept")?.0)
+}
+
+fn by_smc(stream: SmcStream) -> Result<SmcStream> {
+    match stream.fallback_reason() {
+        None => Ok(stream),
+        Some(reason) => bail!("it fell back: {reason}; the peer says {:?}", stream.peer_diagnosis()),
     }
 }
 
@@ -99,16 +150,15 @@ fn number(words: &[&str], at: usize) -> Result<u64> {
     words.get(at).context("a number is missing")?.parse().context("a number is wrong")
 }
 
-fn serve(listener: &TcpListener, what: &[&str]) -> Result<Value> {
-    let accept = || Ok(listener.accept().context("accept")?.0);
+fn serve<S: Stream>(accept: &(dyn Fn() -> Result<S> + Sync), what: &[&str]) -> Result<Value> {
     match what {
-        ["exchange", words @ ..] => exchange(&accept, number(words, 0)?, number(words, 1)?, 1),
+        ["exchange", words @ ..] => exchange(accept, number(words, 0)?, number(words, 1)?, 1),
         ["hang"] => hang(accept()?),
         _ => bail!("there is no such thing to do"),
     }
 }
 
-fn use_it(connect: &(dyn Fn() -> Result<TcpStream> + Sync), what: &[&str]) -> Result<Value> {
+fn use_it<S: Stream>(connect: &(dyn Fn() -> Result<S> + Sync), what: &[&str]) -> Result<Value> {
     match what {
         ["exchange", words @ ..] => exchange(connect, number(words, 0)?, number(words, 1)?, 2),
         ["hang"] => hang(connect()?),
@@ -117,8 +167,8 @@ fn use_it(connect: &(dyn Fn() -> Result<TcpStream> + Sync), what: &[&str]) -> Re
 }
 
 /// Sends until it cannot, and reads until it ends: says how each ended.
-fn hang(stream: TcpStream) -> Result<Value> {
-    let mut sender = stream.try_clone()?;
+fn hang<S: Stream>(stream: S) -> Result<Value> {
+    let mut sender = stream.another()?;
     let mut receiver = stream;
     let sending = thread::spawn(move || {
         let buffer = vec![1; CHUNK];
@@ -142,8 +192,8 @@ fn hang(stream: TcpStream) -> Result<Value> {
 }
 
 /// Exchanges on many connections at once. A connection's bytes are made from its number and its side.
-fn exchange(
-    make: &(dyn Fn() -> Result<TcpStream> + Sync),
+fn exchange<S: Stream>(
+    make: &(dyn Fn() -> Result<S> + Sync),
     connections: u64,
     bytes: u64,
     side: u64,
@@ -173,8 +223,8 @@ fn exchange(
     Ok(json!({ "bytes": bytes * connections, "seconds": start.elapsed().as_secs_f64() }))
 }
 
-fn one(stream: TcpStream, bytes: u64, mine: u64, theirs: u64) -> Result<()> {
-    let mut sender = stream.try_clone()?;
+fn one<S: Stream>(stream: S, bytes: u64, mine: u64, theirs: u64) -> Result<()> {
+    let mut sender = stream.another()?;
     let mut receiver = stream;
     let sending = thread::spawn(move || -> Result<()> {
         let (mut random, mut data, mut left) = (mine, vec![0; CHUNK], bytes);
@@ -184,7 +234,7 @@ fn one(stream: TcpStream, bytes: u64, mine: u64, theirs: u64) -> Result<()> {
             sender.write_all(&data[..len]).context("sending")?;
             left -= len as u64;
         }
-        sender.shutdown(std::net::Shutdown::Write).context("shutting down")
+        sender.finish().context("shutting down")
     });
     let (mut random, mut data, mut wanted, mut left) = (theirs, vec![0; CHUNK], vec![0; CHUNK], bytes);
     let mut at = 0;

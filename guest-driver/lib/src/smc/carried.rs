@@ -4,14 +4,18 @@ use super::contacts::{Lease, Link};
 use crate::dmb::DmbState;
 use crate::error::Error;
 use crate::fork::Process;
-use crate::reactor::{Interest, Reactor, Registration, Source};
+use crate::reactor::{Alarm, Interest, Reactor, Registration, Source};
 use crate::stream::{Ends, Patience, Receiver, Sender, stop};
 use crate::sync::lock;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
+use std::time::Duration;
+
+/// How long the peer's last word may come after its TCP connection has gone down: a kernel does not wait for its moves.
+const LAST_WORD: Duration = Duration::from_secs(2);
 
 /// See the module. The order of the fields is that in which they are dropped: the buffer is given back last.
 pub(crate) struct Carried {
@@ -61,9 +65,15 @@ impl Carried {
     pub(crate) fn arm(&self, read: bool, write: bool) -> Result<(bool, bool), Error> {
         self.ends.local().arm()?;
         // What another thread is busy with counts as ready: to look again is never wrong.
-        let read = read && take(&self.receiver, Patience::None).map_or(true, |mut r| r.is_ready());
-        let write = write && take(&self.sender, Patience::None).map_or(true, |mut s| s.is_ready());
-        Ok((read, write))
+        let can_read = read && take(&self.receiver, Patience::None).map_or(true, |mut r| r.is_ready());
+        let has_room = || take(&self.sender, Patience::None).map_or(true, |mut s| s.is_ready());
+        let mut can_write = write && has_room();
+        if write && !can_write {
+            // It may be moves that are in the way.
+            self.ends.remote().wake_when_done(self.ends.local().state())?;
+            can_write = has_room();
+        }
+        Ok((can_read, can_write))
     }
 
     pub(crate) fn fd(&self) -> Result<BorrowedFd<'_>, Error> {
@@ -106,10 +116,19 @@ struct LineWatch {
 struct Line {
     stops: Arc<AtomicU8>,
     dmb: Arc<DmbState>,
+    alarm: OnceLock<Alarm>,
 }
 
+/// The TCP connection is down.
+const DOWN: u8 = 0;
+/// It is, and has been for a while.
+const STILL_DOWN: u8 = 1;
+
 impl Source for Line {
-    fn ready(&self, _what: u8) {
+    fn ready(&self, what: u8) {
+        if let (DOWN, Some(alarm)) = (what, self.alarm.get()) {
+            return alarm.set(LAST_WORD, STILL_DOWN);
+        }
         self.stops.fetch_or(stop::LINE, Ordering::AcqRel);
         self.dmb.interrupt();
     }
@@ -117,10 +136,12 @@ impl Source for Line {
 
 impl LineWatch {
     fn new(tcp: &TcpStream, ends: &Ends) -> Result<LineWatch, Error> {
-        let line = Arc::new(Line { stops: ends.shared_stops(), dmb: ends.local().state().clone() });
+        let (stops, dmb) = (ends.shared_stops(), ends.local().state().clone());
+        let line = Arc::new(Line { stops, dmb, alarm: OnceLock::new() });
         let source: Weak<dyn Source> = Arc::downgrade(&(line.clone() as Arc<dyn Source>));
         let registration = Reactor::get()?.register(source);
-        registration.watch(tcp.as_fd(), Interest::HangUp, 0)?;
+        let _ = line.alarm.set(registration.alarm());
+        registration.watch(tcp.as_fd(), Interest::HangUp, DOWN)?;
         let fd = tcp.as_raw_fd();
         Ok(LineWatch { registration: Some(registration), fd, process: Process::current(), _line: line })
     }

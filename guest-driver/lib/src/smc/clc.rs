@@ -105,6 +105,9 @@ pub(crate) fn unexpected() -> io::Error {
 /// The client's part of the handshake.
 pub(crate) fn initiate(contacts: &Arc<Contacts>, tcp: TcpStream) -> io::Result<SmcStream> {
     let fall_back = |tcp, reason, theirs| SmcStream::fallen(contacts, tcp, reason, theirs, false);
+    if dmbridge_smc_option::heard(tcp.as_fd()) == Some(false) {
+        return fall_back(tcp, Reason::PEER_NO_SMC, None);
+    }
     let (proposal, unanswered) = match contacts.propose() {
         Ok(proposal) => proposal,
         // Nothing was said, so the server sees a plain client.

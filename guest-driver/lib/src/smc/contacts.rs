@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::fork::Process;
 use crate::proto::ids::{Gid, Token};
 use crate::proto::status::Status;
-use crate::stream::{DmbStream, Receiver, Sender, cdc};
+use crate::stream::{DmbStream, Moved, Receiver, Remote, Sender, cdc};
 use crate::sync::lock;
 use dmbridge_proto::smc::buffer::{Advice, Size, Usage};
 use dmbridge_proto::smc::cdc::StateFlags;
@@ -32,6 +32,11 @@ const MOST_CLOSING: usize = 64;
 /// Connections between two devices whose handshake is under way: no more of them than this, so that a peer that begins and never
 /// ends leaves buffers for others.
 const MOST_UNCONFIRMED: usize = 128;
+/// How long a group has no connections before a server ends it. Linux's servers wait as long, and its clients ten seconds longer, so
+/// that no client finds a server that believes in a group which is gone.
+const UNUSED: Duration = Duration::from_secs(600);
+/// How long a kernel is waited for that has not closed its end, before this side's device goes.
+const LINGER: Duration = Duration::from_secs(10);
 /// How often to ask again for a place in the window that is taken.
 const PLACE_ATTEMPTS: u32 = 8;
 
@@ -66,6 +71,8 @@ struct Counters {
 /// What the connections of a link group share.
 struct Pool {
     advice: Advice,
+    /// When a connection ended last, or began.
+    used: Instant,
     /// Leases whose connection is not there yet.
     unconfirmed: usize,
     /// Free for the next connection.
@@ -115,6 +122,16 @@ impl Pool {
 }
 
 impl State {
+    /// Ends groups that had no connection for long.
+    fn end_unused(&mut self) {
+        let State { groups, pools, .. } = self;
+        for (group, pool) in pools {
+            if groups.connections(*group) == 0 && pool.used.elapsed() >= UNUSED {
+                groups.end(*group);
+            }
+        }
+    }
+
     /// Moves everything that is of no use any more to `garbage`. What belongs to a peer that is gone is in the way: it keeps
     /// its place in the window, where the device may want to put something new.
     fn tidy(&mut self, garbage: &mut Garbage) {
@@ -191,13 +208,20 @@ impl Contacts {
             let id = GidChid { gid: device.gid().as_u64()?, chid: config.fabric_id.get() };
             Some(LocalDevice { id, system_eid: Some(Eid(config.system_eid)) })
         };
-        // Only a device that can map carries a stream, and SMC-D knows 64-bit GIDs only.
-        let usable = |device: &Device| device.can_map() && local(device).is_some();
-        let devices: Vec<_> = devices.into_iter().filter(usable).collect();
+        // SMC-D as of Linux 6.1 knows 64-bit GIDs only.
+        let devices: Vec<_> = devices.into_iter().filter(|device| local(device).is_some()).collect();
+        // Linux has no system EID on x86. What its guests are given instead is made from their host's.
+        let hosts = devices.iter().map(|device| Eid::of_host(&device.config().system_eid));
+        let mut eids = eids.to_vec();
+        for eid in hosts {
+            if !eids.contains(&eid) {
+                eids.push(eid);
+            }
+        }
         Contacts {
             offer: Offer {
                 devices: List::first_of(devices.iter().filter_map(local)),
-                eids: List::first_of(eids.iter().copied()),
+                eids: List::first_of(eids),
             },
             devices,
             settings,
@@ -248,12 +272,7 @@ impl Contacts {
 
     /// Client: joins the link group that the server means. If there is none, it may be that another connection is about to
     /// begin it, whose answer was sent earlier and is looked at later.
-    fn join(
-        &self,
-        choice: &Choice,
-        first_contact: bool,
-        mut proposal: Unanswered,
-    ) -> Result<Membership, Reason> {
+    fn join(&self, choice: &Choice, first_contact: bool, mut proposal: Unanswered) -> Membership {
         let deadline = super::after(self.settings.handshake);
         let mut state = lock(&self.state);
         state.unanswered -= 1;
@@ -261,9 +280,9 @@ impl Contacts {
         loop {
             let joined = state.groups.join_as_client(choice.device, choice.peer, first_contact);
             let left = deadline.map_or(Duration::MAX, |d| d.saturating_duration_since(Instant::now()));
-            if joined != Err(Reason::OUT_OF_SYNC) || state.unanswered == 0 || left.is_zero() {
+            if joined.is_some() || state.unanswered == 0 || left.is_zero() {
                 self.answered.notify_all();
-                return joined;
+                return joined.unwrap_or_else(|| state.groups.join_unknown(choice.device, choice.peer));
             }
             let waited = self.answered.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -277,7 +296,7 @@ impl Contacts {
         proposal: Unanswered,
     ) -> Result<(AcceptConfirm, Link), Reason> {
         let choice = self.offer.accepted(accept)?;
-        let member = self.join(&choice, accept.first_contact, proposal)?;
+        let member = self.join(&choice, accept.first_contact, proposal);
         let lease = self.lease(&choice, member)?;
         let confirm = self.message(&choice, member, &lease);
         let link = self.link(&choice, lease, accept)?;
@@ -292,7 +311,11 @@ impl Contacts {
         let reaches = |device: usize, gid: u64| self.reaches(device, gid);
         // That the fabric reaches the client's device proves more than that it is in one of our subnets.
         let choice = self.offer.choose(proposal, reaches, || true)?;
-        let member = lock(&self.state).groups.join_as_server(choice.device, choice.peer);
+        let member = {
+            let mut state = lock(&self.state);
+            state.end_unused();
+            state.groups.join_as_server(choice.device, choice.peer)
+        };
         let lease = self.lease(&choice, member)?;
         Ok((self.message(&choice, member, &lease), Accepted { choice, lease }))
     }
@@ -322,7 +345,7 @@ impl Contacts {
             return true;
         }
         let peer = self.devices.get(device).map(|device| device.query(Gid::from_u64(gid)));
-        matches!(peer, Some(Ok(Some(peer))) if peer.map)
+        matches!(peer, Some(Ok(Some(_))))
     }
 
     fn message(&self, choice: &Choice, member: Membership, lease: &Lease) -> AcceptConfirm {
@@ -347,6 +370,7 @@ impl Contacts {
         let Settings { smallest, first, largest, .. } = self.settings;
         let pool = state.pools.entry(member.group).or_insert_with(|| Pool {
             advice: Advice::new(smallest, first, largest),
+            used: Instant::now(),
             unconfirmed: 0,
             idle: Vec::new(),
             closing: Vec::new(),
@@ -396,7 +420,13 @@ impl Contacts {
         let mut trimmed = false;
         let mut next = Some(size);
         while let Some(size) = next {
-            let register = || device.register_in_pool(Gid::from_u64(choice.peer), size.bytes());
+            let peer = Gid::from_u64(choice.peer);
+            // In this process's own memory, which the peer cannot map, if it has to be.
+            let anywhere = trimmed || !device.can_map();
+            let register = || match anywhere {
+                true => device.register(peer, size.bytes()),
+                false => device.register_in_pool(peer, size.bytes()),
+            };
             match self.with_a_place(register) {
                 Ok(dmb) => {
                     self.counters.made.fetch_add(1, Ordering::Relaxed);
@@ -448,38 +478,43 @@ impl Contacts {
         }
     }
 
+    /// The peer's buffer, to write there.
+    fn remote(&self, choice: &Choice, group: LinkId, theirs: &AcceptConfirm) -> Result<Remote, Reason> {
+        let device = &self.devices[choice.device];
+        let (token, size) = (Token::from_bits(theirs.token), Size::from_compressed(theirs.size).bytes());
+        let known = |pool: &Pool| pool.attached.get(&token).filter(|dmb| dmb.is_registered()).cloned();
+        let mut dmb = lock(&self.state).pools.get(&group).and_then(known);
+        if dmb.is_none() {
+            // One of the same name that has ended is let go of first.
+            let ended = lock(&self.state).pools.get_mut(&group).and_then(|pool| pool.attached.remove(&token));
+            drop(ended);
+            dmb = match self.with_a_place(|| device.attach(token)) {
+                Ok(dmb) => Some(Arc::new(dmb)),
+                // One of the two cannot map, or there is no room to.
+                Err(Error::Refused {
+                    status: Status::NotSupported | Status::NoSpace | Status::Io, ..
+                }) => None,
+                Err(error) => return Err(unreachable_buffer(&error)),
+            };
+            if let (Some(dmb), Some(pool)) = (&dmb, lock(&self.state).pools.get_mut(&group)) {
+                pool.attached.insert(token, dmb.clone());
+            }
+        }
+        match dmb {
+            Some(dmb) if dmb.owner() != Gid::from_u64(choice.peer) || dmb.size() != size => {
+                Err(Reason::CONFIGURATION)
+            }
+            Some(dmb) => Ok(Remote::Map(dmb)),
+            None => {
+                let mover = device.mover(token).map_err(|error| unreachable_buffer(&error))?;
+                Ok(Remote::Move(Moved::new(mover, size)))
+            }
+        }
+    }
+
     /// Both buffers are known: the connection is there.
     fn link(&self, choice: &Choice, lease: Lease, theirs: &AcceptConfirm) -> Result<Link, Reason> {
-        let token = Token::from_bits(theirs.token);
-        let known = lock(&self.state)
-            .pools
-            .get(&lease.group)
-            .and_then(|pool| pool.attached.get(&token).filter(|dmb| dmb.is_registered()).cloned());
-        let remote = match known {
-            Some(remote) => remote,
-            None => {
-                // One of the same name that has ended is let go of first.
-                let ended = lock(&self.state)
-                    .pools
-                    .get_mut(&lease.group)
-                    .and_then(|pool| pool.attached.remove(&token));
-                drop(ended);
-                let remote =
-                    self.with_a_place(|| self.devices[choice.device].attach(token)).map_err(|error| {
-                        tracing::debug!("attaching the peer's buffer: {error}");
-                        Reason::NO_SMCD_DEVICE
-                    })?;
-                let remote = Arc::new(remote);
-                if let Some(pool) = lock(&self.state).pools.get_mut(&lease.group) {
-                    pool.attached.insert(token, remote.clone());
-                }
-                remote
-            }
-        };
-        let size = Size::from_compressed(theirs.size).bytes();
-        if remote.owner() != Gid::from_u64(choice.peer) || remote.size() != size {
-            return Err(Reason::CONFIGURATION);
-        }
+        let remote = self.remote(choice, lease.group, theirs)?;
         self.counters.connections.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = DmbStream::over(lease.rmb.dmb.clone(), remote).split();
         let mut lease = lease;
@@ -500,6 +535,9 @@ impl Contacts {
             state.groups.end(lease.group);
         }
         state.groups.leave(lease.group);
+        if let Some(pool) = state.pools.get_mut(&lease.group) {
+            pool.used = Instant::now();
+        }
         match (lease.usage, state.pools.get_mut(&lease.group)) {
             (Some(usage), Some(pool)) => {
                 pool.advice.learn(lease.rmb.size, usage);
@@ -515,6 +553,27 @@ impl Contacts {
         }
         drop(state);
     }
+}
+
+impl Drop for Contacts {
+    fn drop(&mut self) {
+        if !self.process.is_current() {
+            return;
+        }
+        // A kernel ends its connections with this side's device, and what its program has not read then is lost.
+        let deadline = super::after(LINGER);
+        let pools = &self.state.get_mut().unwrap_or_else(PoisonError::into_inner).pools;
+        for rmb in pools.values().flat_map(|pool| &pool.closing) {
+            if !cdc(rmb.dmb.memory()).reads_on() {
+                let _ = rmb.dmb.wait_until(deadline, || rmb.is_free());
+            }
+        }
+    }
+}
+
+fn unreachable_buffer(error: &Error) -> Reason {
+    tracing::debug!("the peer's buffer: {error}");
+    Reason::NO_SMCD_DEVICE
 }
 
 fn host_name() -> String {

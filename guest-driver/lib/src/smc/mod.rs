@@ -2,8 +2,8 @@
 //!
 //! A connection begins as a TCP connection. Over it, the two ends agree by SMC's CLC handshake (RFC 7609, as Linux's
 //! `net/smc` speaks it) to go on over two DMBs. If they cannot, the TCP connection goes on to be used, and
-//! [`SmcStream::fallback_reason`] says why. A server also serves clients that know nothing of SMC; a client proposes SMC
-//! to whom it connects, so it is for servers that are known to speak it.
+//! [`SmcStream::fallback_reason`] says why. A server also serves clients that know nothing of SMC. The other end may be a socket of
+//! Linux's AF_SMC, if the machine lets programs say that they speak SMC ([`mark`]).
 //!
 //! ```no_run
 //! # use std::io::{Read, Write};
@@ -31,6 +31,7 @@ mod contacts;
 mod fallen;
 mod in_place;
 mod listener;
+mod socket;
 mod stream;
 
 #[cfg(feature = "tokio")]
@@ -48,6 +49,7 @@ use dmbridge_proto::smc::clc::Eid;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -180,7 +182,8 @@ impl Smc {
         builder.build()
     }
 
-    /// Connects, as [`TcpStream::connect`] does, and proposes SMC. To be used with servers that speak it: any other takes the
+    /// Connects, as [`TcpStream::connect`] does, and proposes SMC. Where root has allowed programs to know by TCP's option who speaks it
+    /// (`dmbridge smc-option`), only to such a server. Elsewhere it is to be used with servers that do: any other takes the
     /// proposal for data.
     ///
     /// # Errors
@@ -188,7 +191,8 @@ impl Smc {
     /// As for [`TcpStream::connect`]; `TimedOut` if the server does not answer the proposal, `InvalidData` if its answer is
     /// against the rules.
     pub fn connect(&self, address: impl ToSocketAddrs) -> io::Result<SmcStream> {
-        self.initiate(TcpStream::connect(address)?)
+        let connect = |address: &SocketAddr| socket::tcp_connect(address, None);
+        self.initiate(socket::with_each(address.to_socket_addrs()?, connect)?)
     }
 
     /// As [`connect`](Self::connect), with at most so much time for the TCP connection.
@@ -197,7 +201,7 @@ impl Smc {
     ///
     /// As for [`TcpStream::connect_timeout`] and [`connect`](Self::connect).
     pub fn connect_timeout(&self, address: &SocketAddr, timeout: Duration) -> io::Result<SmcStream> {
-        self.initiate(TcpStream::connect_timeout(address, timeout)?)
+        self.initiate(socket::tcp_connect(address, Some(timeout))?)
     }
 
     /// Listens, as [`TcpListener::bind`] does.
@@ -206,10 +210,11 @@ impl Smc {
     ///
     /// As for [`TcpListener::bind`].
     pub fn bind(&self, address: impl ToSocketAddrs) -> io::Result<SmcListener> {
-        self.listen(TcpListener::bind(address)?)
+        self.listen(socket::with_each(address.to_socket_addrs()?, socket::tcp_bind)?)
     }
 
-    /// Listens on a socket that listens already.
+    /// Listens on a socket that listens already. AF_SMC clients take it for one that speaks plain TCP, unless it was
+    /// [marked](mark) before it listened.
     ///
     /// # Errors
     ///
@@ -218,7 +223,8 @@ impl Smc {
         SmcListener::new(listener, self.contacts.clone())
     }
 
-    /// The client's part of the handshake, over a fresh TCP connection.
+    /// The client's part of the handshake, over a fresh TCP connection. An AF_SMC server takes it for a plain one's, unless the
+    /// socket was [marked](mark) before it connected.
     ///
     /// # Errors
     ///
@@ -251,6 +257,13 @@ impl fmt::Debug for Smc {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Smc").field("devices", &self.devices()).field("stats", &self.stats()).finish()
     }
+}
+
+/// Marks a TCP socket that neither listens nor is connected yet as one of an SMC user's, for [`Smc::listen`] and
+/// [`Smc::initiate`]; [`Smc::bind`] and [`Smc::connect`] do so by themselves. Whether that worked: where root has
+/// not run `dmbridge smc-option`, it does not.
+pub fn mark(socket: &impl AsFd) -> bool {
+    dmbridge_smc_option::mark(socket.as_fd())
 }
 
 /// The moment after so long, or never.

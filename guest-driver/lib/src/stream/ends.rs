@@ -1,6 +1,7 @@
 //! What the two directions of a stream share: the two DMBs, the words that both directions write, and the connection's
 //! state.
 
+use super::remote::Remote;
 use crate::dmb::{Dmb, RemoteDmb};
 use crate::error::Error;
 use crate::fork::Process;
@@ -46,7 +47,7 @@ pub(crate) mod stop {
 /// Each side reads in `local` and writes in `remote`.
 pub(crate) struct Ends {
     local: Arc<Dmb>,
-    remote: Arc<RemoteDmb>,
+    remote: Remote,
     /// Bytes at the end of both DMBs that are not the stream's.
     tail: usize,
     said: Mutex<Said>,
@@ -67,20 +68,13 @@ struct Said {
 }
 
 impl Ends {
-    pub(crate) fn new(local: Arc<Dmb>, remote: Arc<RemoteDmb>, tail: usize) -> Ends {
+    pub(crate) fn new(local: Arc<Dmb>, remote: Remote, tail: usize) -> Ends {
         let mut connection = Connection::new();
         connection.establish();
         let said = Said { cursor: Cursor::default(), flags: ProducerFlags::empty(), connection, read: None };
-        let ends = Ends {
-            local,
-            remote,
-            tail,
-            said: Mutex::new(said),
-            stops: Arc::default(),
-            process: Process::current(),
-        };
-        ends.outgoing().init();
-        ends
+        remote.init();
+        let (stops, process) = (Arc::default(), Process::current());
+        Ends { local, remote, tail, said: Mutex::new(said), stops, process }
     }
 
     #[inline]
@@ -89,28 +83,28 @@ impl Ends {
     }
 
     #[inline]
-    pub(crate) fn remote(&self) -> &RemoteDmb {
+    pub(crate) fn remote(&self) -> &Remote {
         &self.remote
+    }
+
+    /// The peer's DMB, of a stream that was made of one that is mapped.
+    pub(crate) fn mapped(&self) -> &RemoteDmb {
+        match &self.remote {
+            Remote::Map(dmb) => dmb,
+            Remote::Move(_) => unreachable!("only sockets move"),
+        }
     }
 
     /// Sizes of the rings in which this side reads and writes, in bytes.
     pub(crate) fn rings(&self) -> (u32, u32) {
-        let size = |memory: &SharedMemory| {
-            u32::try_from(memory.len() - CDC_SIZE - self.tail).unwrap_or(1 << 31).min(1 << 31)
-        };
-        (size(self.local.memory()), size(self.remote.memory()))
+        let ring = |size: usize| u32::try_from(size - CDC_SIZE - self.tail).unwrap_or(1 << 31).min(1 << 31);
+        (ring(self.local.size()), ring(self.remote.size()))
     }
 
     /// What the peer says.
     #[inline]
     pub(crate) fn incoming(&self) -> &CdcMessage {
         cdc(self.local.memory())
-    }
-
-    /// What this side says.
-    #[inline]
-    pub(crate) fn outgoing(&self) -> &CdcMessage {
-        cdc(self.remote.memory())
     }
 
     /// Why not to go on, as far as this side knows by itself.
@@ -133,33 +127,29 @@ impl Ends {
     /// How far the receiver has read.
     #[inline]
     pub(crate) fn tell_read(&self, cursor: Cursor) -> Result<(), Error> {
-        self.tell(|said| {
+        self.tell(true, |said| {
             said.cursor = cursor;
             true
-        });
-        self.remote.notify()
+        })
     }
 
     /// Whether the sender waits for room.
     pub(crate) fn tell_blocked(&self, blocked: bool) -> Result<(), Error> {
-        self.tell(|said| {
+        // Who is told that nobody waits has nothing to do.
+        self.tell(blocked, |said| {
             said.flags.set(ProducerFlags::WRITE_BLOCKED, blocked);
             true
-        });
-        // Who is told that nobody waits has nothing to do.
-        if blocked { self.remote.notify() } else { Ok(()) }
+        })
     }
 
     /// Nothing more will be sent.
     pub(crate) fn tell_finished(&self) -> Result<(), Error> {
-        self.tell(|said| said.connection.shut_down());
-        self.remote.notify()
+        self.tell(true, |said| said.connection.shut_down())
     }
 
     /// The stream is of no use any more.
     pub(crate) fn abort(&self) {
-        self.tell(|said| said.connection.abort());
-        let _ = self.remote.notify();
+        let _ = self.tell(true, |said| said.connection.abort());
         self.stop(stop::ABORTED);
     }
 
@@ -175,15 +165,15 @@ impl Ends {
         lock(&self.said).read = Some(cursor);
     }
 
-    /// Changes what this side says, and says it. After its last word nothing is said.
-    fn tell(&self, change: impl FnOnce(&mut Said) -> bool) {
+    /// Changes what this side says, and says it; `signal`: and wakes the peer if it sleeps. After its last word nothing is said.
+    fn tell(&self, signal: bool, change: impl FnOnce(&mut Said) -> bool) -> Result<(), Error> {
         let mut said = lock(&self.said);
         let last = StateFlags::PEER_CONN_CLOSED | StateFlags::PEER_CONN_ABORT;
-        if !said.connection.flags().intersects(last) && change(&mut said) {
-            let word =
-                CursorWord { cursor: said.cursor, producer: said.flags, state: said.connection.flags() };
-            self.outgoing().store_cons(word);
+        if said.connection.flags().intersects(last) || !change(&mut said) {
+            return Ok(());
         }
+        let word = CursorWord { cursor: said.cursor, producer: said.flags, state: said.connection.flags() };
+        self.remote.store_cons(word, signal)
     }
 
     #[cfg(test)]
@@ -192,7 +182,7 @@ impl Ends {
             said.flags |= ProducerFlags::URG_DATA_PRESENT;
             true
         };
-        self.tell(set);
+        let _ = self.tell(false, set);
     }
 
     #[cfg(test)]
@@ -201,7 +191,7 @@ impl Ends {
             said.flags -= ProducerFlags::URG_DATA_PRESENT;
             true
         };
-        self.tell(clear);
+        let _ = self.tell(false, clear);
     }
 }
 
@@ -213,13 +203,12 @@ impl Drop for Ends {
         }
         let here = self.incoming().load_prod().cursor;
         let state = self.incoming().load_cons().state;
-        self.tell(|said| {
+        // The peer that cannot be rung learns it from its device.
+        let _ = self.tell(true, |said| {
             said.connection.observe(state);
             let unread = said.read.is_some_and(|read| read != here);
             said.connection.close(unread)
         });
-        // The peer that cannot be rung learns it from its device.
-        let _ = self.remote.notify();
     }
 }
 

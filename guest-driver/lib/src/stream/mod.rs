@@ -5,16 +5,20 @@
 //! ([`proto::smc::cdc`](dmbridge_proto::smc::cdc)). What the peer writes into the message is read once and checked; a
 //! peer that breaks the protocol costs its own connection.
 //!
+//! A DMB that cannot be mapped is written by moves: each side for itself, and the other need not know.
+//!
 //! What makes it fast: a side touches the peer's memory once for the data and once for the cursor; it tells the peer
 //! about room only when the peer can miss it (a quarter of the ring was read, a sixteenth while the peer waits, or this
 //! side is about to wait itself); nobody is rung who is not asleep.
 
 mod ends;
 mod receiver;
+mod remote;
 mod sender;
 
 pub(crate) use ends::{Ends, Patience, cdc, stop};
 pub use receiver::Receiver;
+pub(crate) use remote::{Moved, Remote};
 pub use sender::Sender;
 
 use crate::dmb::{Dmb, RemoteDmb};
@@ -41,12 +45,12 @@ impl DmbStream {
 
     /// A stream that leaves the last `tail` bytes of both DMBs alone. They are larger than that by 64 bytes at least.
     pub(crate) fn with_tail(local: Dmb, remote: RemoteDmb, tail: usize) -> DmbStream {
-        DmbStream::of(Ends::new(Arc::new(local), Arc::new(remote), tail))
+        DmbStream::of(Ends::new(Arc::new(local), Remote::Map(Arc::new(remote)), tail))
     }
 
     /// As [`new`](Self::new), over DMBs that are used again: their CDC messages say nothing, and the streams before have
     /// ended on both sides.
-    pub(crate) fn over(local: Arc<Dmb>, remote: Arc<RemoteDmb>) -> DmbStream {
+    pub(crate) fn over(local: Arc<Dmb>, remote: Remote) -> DmbStream {
         DmbStream::of(Ends::new(local, remote, 0))
     }
 
@@ -237,10 +241,10 @@ mod tests {
             [Cursor { wrap: 0, count: 9999 }, Cursor { wrap: 2, count: 0 }, Cursor { wrap: 1, count: 1 }]
         {
             let (a, mut b) = streams(4096, BOTH[0], Duration::ZERO);
-            a.sender.ends().outgoing().store_prod(CursorWord { cursor, ..Default::default() });
+            a.sender.ends().remote().store_prod(CursorWord { cursor, ..Default::default() }).unwrap();
             assert!(matches!(b.recv(&mut [0; 10]), Err(Error::Protocol(_))), "{cursor:?}");
             let (mut a, b) = streams(4096, BOTH[0], Duration::ZERO);
-            b.sender.ends().outgoing().store_cons(CursorWord { cursor, ..Default::default() });
+            b.sender.ends().remote().store_cons(CursorWord { cursor, ..Default::default() }, false).unwrap();
             assert!(matches!(a.send(&[0; 5000]), Err(Error::Protocol(_))), "{cursor:?}");
         }
     }
@@ -334,14 +338,14 @@ mod tests {
                 let end = if draw(40) == 0 { draw(256) as u8 } else { 0 };
                 let word =
                     CursorWord { cursor: next, producer: flags, state: StateFlags::from_bits_truncate(end) };
-                let says = b.receiver.ends().outgoing();
+                let says = b.receiver.ends().remote();
                 if draw(3) == 0 {
-                    says.store_cons(word);
+                    says.store_cons(word, false).unwrap();
                 } else {
                     cursor = next;
                     let cons = CursorWord { cursor: Cursor::default(), ..word };
-                    says.store_cons(cons);
-                    says.store_prod(word);
+                    says.store_cons(cons, false).unwrap();
+                    says.store_prod(word).unwrap();
                 }
                 let len = draw(5000) as usize;
                 match draw(5) {

@@ -51,9 +51,9 @@ impl Receiver {
         self.ends.local()
     }
 
-    /// The DMB that this side writes.
+    /// The DMB that this side writes, of a stream that was made of one that is mapped.
     pub(crate) fn remote(&self) -> &RemoteDmb {
-        self.ends.remote()
+        self.ends.mapped()
     }
 
     /// What the connection did with its buffer.

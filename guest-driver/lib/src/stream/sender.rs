@@ -1,10 +1,12 @@
 //! The direction to the peer: fills the ring in its DMB.
 
 use super::ends::{Ends, Patience, ring, stop};
+use super::remote::{Moved, Remote};
 use crate::dmb::{Dmb, RemoteDmb};
 use crate::error::Error;
+use crate::mover::{MoveBuffer, Ticket};
 use crate::shared::SharedSlice;
-use dmbridge_proto::smc::cdc::{CursorWord, StateFlags};
+use dmbridge_proto::smc::cdc::{CDC_SIZE, CursorWord, StateFlags};
 use dmbridge_proto::smc::ring::Producer;
 use std::io;
 use std::sync::Arc;
@@ -21,12 +23,22 @@ pub struct Sender {
     seen: StateFlags,
     /// Whether the peer was told that this side waits.
     blocked: bool,
+    /// Where what is to be moved is written in place.
+    stage: Option<Stage>,
+}
+
+/// A buffer that is moved from.
+#[derive(Debug)]
+struct Stage {
+    buffer: MoveBuffer,
+    /// The last move from it.
+    under_way: Option<Ticket>,
 }
 
 impl Sender {
     pub(super) fn new(ends: Arc<Ends>) -> Sender {
         let (_, size) = ends.rings();
-        Sender { ends, ring: Producer::new(size), seen: StateFlags::empty(), blocked: false }
+        Sender { ends, ring: Producer::new(size), seen: StateFlags::empty(), blocked: false, stage: None }
     }
 
     pub(crate) fn ends(&self) -> &Arc<Ends> {
@@ -65,17 +77,19 @@ impl Sender {
     /// As for [`send`](Self::send).
     #[inline]
     pub fn reserve(&mut self, max: usize) -> Result<SharedSlice<'_>, Error> {
-        self.check()?;
-        if self.ring.free() == 0 {
-            self.wait_for_room(Patience::Forever)?;
-        }
-        Ok(self.room(max))
+        self.reserve_with(max, Patience::Forever)
     }
 
     /// As [`reserve`](Self::reserve), with patience; empty if there is no room in time.
+    #[inline]
     pub(crate) fn reserve_with(&mut self, max: usize, patience: Patience) -> Result<SharedSlice<'_>, Error> {
         self.check()?;
         if self.ring.free() == 0 && !self.wait_for_room(patience)? {
+            return Ok(self.room(0));
+        }
+        if let Remote::Move(_) = self.ends.remote()
+            && !self.stage(patience)?
+        {
             return Ok(self.room(0));
         }
         Ok(self.room(max))
@@ -84,8 +98,37 @@ impl Sender {
     #[inline]
     pub(crate) fn room(&self, max: usize) -> SharedSlice<'_> {
         let chunk = self.ring.chunk();
-        let start = chunk.offset as usize;
-        ring(self.ends.remote().memory()).slice(start..start + max.min(chunk.len as usize))
+        let (start, len) = (chunk.offset as usize, max.min(chunk.len as usize));
+        match (self.ends.remote(), &self.stage) {
+            (Remote::Map(dmb), _) => ring(dmb.memory()).slice(start..start + len),
+            (_, Some(stage)) => stage.buffer.memory().slice(..len.min(PIECE)),
+            // There is no room before there is something to put it into.
+            (_, None) => self.ends.local().memory().slice(..0),
+        }
+    }
+
+    /// Has a buffer at hand that no move reads from; whether there is one in time.
+    #[cold]
+    fn stage(&mut self, patience: Patience) -> Result<bool, Error> {
+        let Remote::Move(moved) = self.ends.remote() else { return Ok(true) };
+        let stage = match &mut self.stage {
+            Some(stage) => stage,
+            none => none.insert(Stage { buffer: moved.mover().buffer(PIECE)?, under_way: None }),
+        };
+        if !moved.is_ready(0, patience).inspect_err(|_| self.ends.stop(stop::ABORTED))? {
+            return Ok(false);
+        }
+        if let Some(ticket) = stage.under_way {
+            let done = match patience {
+                Patience::None => moved.mover().is_done(ticket)?,
+                _ => moved.mover().wait_until(ticket, patience.deadline())?,
+            };
+            if !done {
+                return Ok(false);
+            }
+            stage.under_way = None;
+        }
+        Ok(true)
     }
 
     /// Sends the first `len` bytes of what [`reserve`](Self::reserve) gave.
@@ -99,15 +142,20 @@ impl Sender {
     /// If `len` is more than there is room for.
     #[inline]
     pub fn commit(&mut self, len: usize) -> Result<(), Error> {
-        assert!(
-            len <= self.ring.chunk().len as usize,
-            "{len} bytes committed, {:?} reserved",
-            self.ring.chunk()
-        );
+        let chunk = self.ring.chunk();
+        assert!(len <= chunk.len as usize, "{len} bytes committed, {chunk:?} reserved");
+        if let (Remote::Move(moved), Some(stage)) = (self.ends.remote(), &mut self.stage) {
+            let offset = CDC_SIZE as u64 + u64::from(chunk.offset);
+            stage.under_way = Some(moved.mover().post_parts(offset, &[stage.buffer.part(0..len)], None)?);
+        }
+        self.announce(len)
+    }
+
+    /// Tells the peer that this side has written so much more, and wakes it if it sleeps.
+    #[inline]
+    fn announce(&mut self, len: usize) -> Result<(), Error> {
         self.ring.produce(len as u32);
-        // Tells the peer how far this side has written, and wakes it if it sleeps.
-        self.ends.outgoing().store_prod(CursorWord { cursor: self.ring.cursor(), ..CursorWord::default() });
-        self.ends.remote().notify()
+        self.ends.remote().store_prod(CursorWord { cursor: self.ring.cursor(), ..CursorWord::default() })
     }
 
     /// Tells the peer that nothing more will come: it reads to the end and then gets 0 bytes. The other direction stays.
@@ -125,9 +173,9 @@ impl Sender {
         self.ends.local()
     }
 
-    /// The DMB that this side writes.
+    /// The DMB that this side writes, of a stream that was made of one that is mapped.
     pub(crate) fn remote(&self) -> &RemoteDmb {
-        self.ends.remote()
+        self.ends.mapped()
     }
 
     /// Whether the peer has closed the stream.
@@ -139,6 +187,9 @@ impl Sender {
     /// Sends a part of `from`, at least a byte; 0 bytes if there was no room in time.
     #[inline]
     pub(crate) fn write_some(&mut self, from: &[u8], patience: Patience) -> Result<usize, Error> {
+        if let Remote::Move(_) = self.ends.remote() {
+            return self.move_some(from, patience);
+        }
         let room = self.reserve_with(from.len().min(PIECE), patience)?;
         let len = room.len();
         if len != 0 {
@@ -148,10 +199,40 @@ impl Sender {
         Ok(len)
     }
 
+    /// [`write_some`](Self::write_some), by a move.
+    fn move_some(&mut self, from: &[u8], patience: Patience) -> Result<usize, Error> {
+        self.check()?;
+        if self.ring.free() == 0 && !self.wait_for_room(patience)? {
+            return Ok(0);
+        }
+        let chunk = self.ring.chunk();
+        let len = from.len().min(PIECE).min(chunk.len as usize);
+        let Some(moved) = self.moved() else { return Ok(0) };
+        if !moved.is_ready(len, patience).inspect_err(|_| self.ends.stop(stop::ABORTED))? {
+            return Ok(0);
+        }
+        moved.post(chunk.offset, &from[..len])?;
+        self.announce(len)?;
+        Ok(len)
+    }
+
+    fn moved(&self) -> Option<&Moved> {
+        match self.ends.remote() {
+            Remote::Map(_) => None,
+            Remote::Move(moved) => Some(moved),
+        }
+    }
+
     /// Whether a byte could be sent at once, or sending fails at once. If not, the peer tells of the next byte that it
     /// reads.
     pub(crate) fn is_ready(&mut self) -> bool {
-        self.check().is_err() || self.ring.free() != 0 || self.wait_for_room(Patience::None).unwrap_or(true)
+        let room =
+            |sender: &mut Sender| match sender.moved().map(|moved| moved.is_ready(PIECE, Patience::None)) {
+                Some(Ok(false)) => Ok(false),
+                Some(Err(error)) => Err(error),
+                None | Some(Ok(true)) => Ok(sender.ring.free() != 0 || sender.wait_for_room(Patience::None)?),
+            };
+        self.check().is_err() || room(self).unwrap_or(true)
     }
 
     /// Whether both sides still want to: one load of each one's flags.
@@ -175,7 +256,8 @@ impl Sender {
         if stops & stop::WRITING != 0 || !connection.may_send() {
             return Err(Error::Closed);
         }
-        if stops & stop::LINE != 0 {
+        // Linux ends half of the TCP connection with half of the stream.
+        if stops & stop::LINE != 0 && !state.contains(StateFlags::PEER_DONE_WRITING) {
             return Err(Error::Reset);
         }
         self.seen = state;

@@ -144,6 +144,21 @@ impl Eid {
         eid[..bytes.len()].copy_from_slice(bytes);
         Ok(Eid(eid))
     }
+
+    /// The user-defined EID that all guests and programs of a host have in common unless they are given another one: its system EID,
+    /// with what a user-defined one may not have replaced.
+    pub fn of_host(system: &[u8; 32]) -> Eid {
+        let plain = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit();
+        let end = system.iter().rposition(|b| !matches!(b, b' ' | 0)).map_or(0, |last| last + 1);
+        let mut eid = [b' '; 32];
+        for (to, from) in eid.iter_mut().zip(&system[..end]) {
+            *to = if plain(*from) || *from == b'.' { *from } else { b'-' };
+        }
+        if !plain(eid[0]) {
+            eid[0] = b'D';
+        }
+        Eid(eid)
+    }
 }
 
 /// An SMC-D device as proposals name it, big-endian there.
@@ -365,6 +380,17 @@ fn part<T: FromBytes + Unaligned>(bytes: &[u8], at: usize) -> Result<T, ClcError
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hosts_eid_is_one_that_linux_takes() {
+        let of_host = |system: &[u8; 32]| Eid::of_host(system);
+        assert_eq!(of_host(b"DMBRIDGE-SYSTEM-EID-F1FA9B773897").0, *b"DMBRIDGE-SYSTEM-EID-F1FA9B773897");
+        assert_eq!(of_host(b"my_host                         "), Eid::user("D------").unwrap());
+        assert_eq!(
+            of_host(b"LAB.1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"),
+            Eid::user("LAB.1").unwrap()
+        );
+    }
 
     #[test]
     fn a_stream_is_told_from_a_message_by_its_first_bytes() {

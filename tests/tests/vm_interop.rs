@@ -1,0 +1,214 @@
+//! Linux's AF_SMC in one guest, the library's sockets in the other: they meet over DMBs, whoever connects to whom, and whatever the
+//! library's device is.
+
+use dmbridge_tests::daemon::TestDaemon;
+use dmbridge_tests::vm::kernel::{
+    MODULE, address, assert_kernel_is_content, network, set_up_network, set_up_smc,
+};
+use dmbridge_tests::vm::shared::{Lent, Shared};
+use dmbridge_tests::vm::{Running, Vm, VmOptions};
+use serde_json::Value;
+use std::time::Duration;
+
+/// How long anything may take: guests are slow without KVM.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+const FILE: &str = "/dev/dmbridge0";
+const CONFIGURATION: &str = r#"
+[[device]]
+name = "a"
+socket = "@/a.sock"
+[[device]]
+name = "b"
+socket = "@/b.sock"
+"#;
+
+/// In the first guest is AF_SMC, in the second the library.
+struct Setup {
+    daemon: TestDaemon,
+    a: Vm,
+    b: Vm,
+}
+
+fn setup() -> Lent<'static, Setup> {
+    static SETUP: Shared<Setup> = Shared::new();
+    SETUP.take(|| {
+        let daemon = TestDaemon::start_with(&[], CONFIGURATION);
+        let start = |number: usize, name: &str| {
+            let options = VmOptions::new(name).device(&daemon.path(&format!("{name}.sock")));
+            network(options, number, &daemon.path("network")).start()
+        };
+        let (a, b) = (start(0, "a"), start(1, "b"));
+        for (number, vm) in [&a, &b].into_iter().enumerate() {
+            vm.wait_until_booted();
+            set_up_network(vm, number);
+            set_up_smc(vm);
+        }
+        assert_eq!(shown(&b)["programs"], true, "the option is not installed");
+        b.shell(&format!("chmod 666 {FILE}"));
+        Setup { daemon, a, b }
+    })
+}
+
+/// What `dmbridge-guest-setup` shows.
+fn shown(vm: &Vm) -> Value {
+    let text = vm.output(&["dmbridge-guest-setup", "--show", "--json"]);
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"))
+}
+
+/// SMC-D connections of the guest with AF_SMC, and its fallbacks.
+fn smcd(vm: &Vm) -> (u64, u64) {
+    let state = shown(vm);
+    let of = |name: &str| state["statistics"]["smcd"][name].as_u64().expect("a number");
+    let fallbacks = state["statistics"]["fallbacks"].as_array().expect("a list");
+    let fallbacks = fallbacks.iter().map(|fallback| fallback["count"].as_u64().expect("a number"));
+    (of("client_v2") + of("server_v2"), fallbacks.sum())
+}
+
+/// Who listens.
+#[derive(Clone, Copy, Debug)]
+enum Server {
+    Linux,
+    Library,
+}
+
+/// Starts both ends of something: AF_SMC's, then the library's.
+fn start(setup: &Setup, server: Server, port: u16, what: &str) -> (Running, Running) {
+    let port = port.to_string();
+    let run = |vm: &Vm, family: &str, words: &[&str]| {
+        let program = format!("exec vm-sockets {family} {} {what}", words.join(" "));
+        // With the character device as a user without privileges; with the device itself that does not go.
+        let has_file = vm.shell(&format!("[ -e {FILE} ] && echo yes || echo no")).trim() == "yes";
+        let user = if family == "library" && has_file { "nobody" } else { "root" };
+        vm.start_command(&["su", "-s", "/bin/sh", user, "-c", &program])
+    };
+    let (listen, to_a, to_b) = (["listen", &port], address(0), address(1));
+    match server {
+        Server::Linux => {
+            let mut linux = run(&setup.a, "smc", &listen);
+            assert_eq!(setup.a.expect(linux.line(DEADLINE)), "listening");
+            (linux, run(&setup.b, "library", &["connect", &to_a, &port]))
+        }
+        Server::Library => {
+            let mut library = run(&setup.b, "library", &listen);
+            assert_eq!(setup.b.expect(library.line(DEADLINE)), "listening");
+            (run(&setup.a, "smc", &["connect", &to_b, &port]), library)
+        }
+    }
+}
+
+fn result(vm: &Vm, running: Running) -> Value {
+    let output = vm.expect(running.wait(DEADLINE));
+    let text = output.text();
+    let last = text.lines().last().unwrap_or_default();
+    serde_json::from_str(last).unwrap_or_else(|error| panic!("{error} in {text:?}, {output:?}"))
+}
+
+fn exchange(setup: &Setup, server: Server, port: u16, connections: u64, bytes: u64) {
+    let before = smcd(&setup.a);
+    let (linux, library) = start(setup, server, port, &format!("exchange {connections} {bytes}"));
+    let (library, linux) = (result(&setup.b, library), result(&setup.a, linux));
+    println!("{connections} times {bytes} bytes each way, {server:?} listens: {} s", linux["seconds"]);
+    for (said, vm) in [(&library, &setup.b), (&linux, &setup.a)] {
+        assert!(said["error"].is_null(), "{server:?} listens: {}: {library} {linux}", vm.name());
+    }
+    let after = smcd(&setup.a);
+    assert_eq!((after.0 - before.0, after.1), (connections, before.1), "{}", shown(&setup.a));
+    assert_kernel_is_content(&setup.a);
+}
+
+const SERVERS: [Server; 2] = [Server::Linux, Server::Library];
+
+#[test]
+fn bytes_go_both_ways_with_the_character_device() {
+    let setup = setup();
+    for (i, server) in SERVERS.into_iter().enumerate() {
+        exchange(&setup, server, 7100 + i as u16, 1, 64 << 20);
+        exchange(&setup, server, 7110 + i as u16, 20, 100_000);
+    }
+    // Small buffers of a kernel share pages with others, and are no program's to map.
+    let moved = || setup.daemon.report().devices.iter().map(|device| device.moved_bytes).sum::<u64>();
+    setup.a.output(&["dmbridge-guest-setup", "--buffers", "64"]);
+    for (i, server) in SERVERS.into_iter().enumerate() {
+        let before = moved();
+        exchange(&setup, server, 7104 + i as u16, 1, 16 << 20);
+        exchange(&setup, server, 7114 + i as u16, 20, 100_000);
+        assert!(moved() - before >= 16 << 20);
+    }
+    setup.a.output(&["dmbridge-guest-setup"]);
+}
+
+/// The library has the device for itself as long as this lives.
+struct WithoutModule<'a>(&'a Setup);
+
+impl WithoutModule<'_> {
+    fn new(setup: &Setup) -> WithoutModule<'_> {
+        setup.b.shell("rmmod dmbridge");
+        WithoutModule(setup)
+    }
+}
+
+impl Drop for WithoutModule<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        // The library leaves the device to uio_pci_generic.
+        self.0.b.shell(&format!(
+            "for device in /sys/bus/pci/drivers/uio_pci_generic/0000:*; do
+                echo >$device/driver_override
+                basename $device >/sys/bus/pci/drivers/uio_pci_generic/unbind
+            done
+            for device in /sys/bus/pci/devices/*; do
+                [ -e $device/driver ] || basename $device >/sys/bus/pci/drivers_probe
+            done
+            insmod {MODULE}
+            until chmod 666 {FILE} 2>/dev/null; do sleep 0.1; done"
+        ));
+    }
+}
+
+#[test]
+fn bytes_go_both_ways_with_the_device_itself() {
+    let setup = setup();
+    let without = WithoutModule::new(&setup);
+    for (i, server) in SERVERS.into_iter().enumerate() {
+        exchange(&setup, server, 7120 + i as u16, 1, 64 << 20);
+        exchange(&setup, server, 7130 + i as u16, 20, 100_000);
+    }
+    drop(without);
+}
+
+/// A connection ended by an error, or by an end, and said so to who wrote.
+fn ended(vm: &Vm, running: Running) {
+    let said = result(vm, running);
+    println!("{}: {said}", vm.name());
+    let writing = said["writing"].as_str().expect("words");
+    let words = ["reset", "Broken pipe", "connection abort", "broken", "closed"];
+    assert!(words.iter().any(|word| writing.contains(word)), "{said}");
+}
+
+#[test]
+fn who_is_killed_ends_the_other() {
+    let setup = setup();
+    let without = WithoutModule::new(&setup);
+    let hang = |port: u16, server: Server| {
+        let (mut linux, mut library) = start(&setup, server, port, "hang");
+        assert_eq!(setup.a.expect(linux.line(DEADLINE)), "hanging");
+        assert_eq!(setup.b.expect(library.line(DEADLINE)), "hanging");
+        (linux, library)
+    };
+    for (i, server) in SERVERS.into_iter().enumerate() {
+        let (linux, library) = hang(7140 + i as u16, server);
+        setup.a.shell("killall -9 vm-sockets");
+        ended(&setup.b, library);
+        drop(linux);
+        let (linux, library) = hang(7150 + i as u16, server);
+        setup.b.shell("killall -9 vm-sockets");
+        ended(&setup.a, linux);
+        drop(library);
+        // And nothing is left that is in the way.
+        exchange(&setup, server, 7160 + i as u16, 1, 1_000_000);
+    }
+    drop(without);
+}
