@@ -90,14 +90,15 @@ enum Way {
     Plain,
     /// By `dmbridge-run`.
     Dmbridge,
-    /// By `dmbridge-run`, by a user without privileges.
+    /// By `dmbridge-run` with a device that is named, by a user without privileges.
     AsNobody,
 }
 
 impl Way {
     fn start(self, vm: &Vm, words: &str) -> Running {
         let program = format!("/opt/debian/bin/{words}");
-        let run = format!("exec dmbridge-run --network guests --stats -- {program}");
+        let device = if matches!(self, Way::AsNobody) { "--device /dev/dmbridge0" } else { "" };
+        let run = format!("exec dmbridge-run --network guests {device} --stats -- {program}");
         match self {
             Way::Plain => vm.start_command(&["sh", "-c", &format!("exec {program}")]),
             Way::Dmbridge => vm.start_command(&["sh", "-c", &run]),
@@ -281,7 +282,7 @@ fn programs_of_several_users_share_a_guests_device_and_meet_inside_it_too() {
 fn guests_that_cannot_map_stay_with_tcp_and_say_so() {
     let setup = setup();
     load_module(&setup.b, "map=0");
-    let how = format!("-n {}", 32 << 20);
+    let how = format!("-n {}", 192 << 20);
     let (_, ran) = iperf3(&setup.a, &setup.b, &address(0), 5321, &how, Way::Dmbridge);
     load_module(&setup.b, "");
     let [client, server] = ran;
