@@ -6,6 +6,9 @@
 //! CPUs, tenants come and go. Trials that show that the other engine is slow become rare: all of them together take less
 //! than a hundredth of the time of the copies between them.
 //!
+//! An engine that is mostly faster and now and then very late, because somebody else has its CPU, would win most trials and
+//! lose by the few others. So what all trials took together has to bear a decision out, and decides alone if it is clear.
+//!
 //! Small moves are not tried: nothing but the CPU that asks was ever the best for them, and a clock would cost as much as
 //! the copy.
 
@@ -24,6 +27,12 @@ const PAUSE: u32 = 64;
 const SHORT_PAUSE: u32 = 16;
 /// Moves between two trials at most.
 const LONGEST_PAUSE: u32 = 1 << 16;
+/// So many trials are remembered for what they took together.
+const REMEMBERED: u32 = 128;
+/// So many are enough for that to decide.
+const ENOUGH: u32 = 8;
+/// A mean that is larger than another by this factor is clearly worse.
+const CLEARLY: f64 = 1.5;
 /// What the loss by a trial is a smaller part of than this.
 const SHARE: f64 = 100.0;
 
@@ -45,8 +54,26 @@ struct Trial {
     other: usize,
     /// Nanoseconds and bytes of both.
     taken: [(u64, u64); 2],
-    /// By engine, how often it won more than it lost.
-    wins: Box<[u8]>,
+    /// By engine.
+    known: Box<[Known]>,
+}
+
+/// What is known of an engine.
+#[derive(Debug, Clone, Copy, Default)]
+struct Known {
+    /// How often it won more than it lost, against the one that is used.
+    wins: u8,
+    /// Trials that count.
+    trials: u32,
+    /// Their mean, in nanoseconds per byte.
+    mean: f64,
+}
+
+impl Known {
+    fn learn(&mut self, cost: f64) {
+        self.trials = (self.trials + 1).min(REMEMBERED);
+        self.mean += (cost - self.mean) / f64::from(self.trials);
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +101,7 @@ impl Trials {
             used: 0,
             other: 0,
             taken: [(0, 0); 2],
-            wins: vec![0; engines].into(),
+            known: vec![Known::default(); engines].into(),
         };
         Trials { rows: vec![trial; rows].into() }
     }
@@ -112,8 +139,8 @@ impl Trial {
     #[cold]
     fn next(&mut self, used: usize) -> Turn {
         if self.stage == Stage::Pause {
-            let after = (self.other + 1) % self.wins.len();
-            self.other = if after == used { (after + 1) % self.wins.len() } else { after };
+            let after = (self.other + 1) % self.known.len();
+            self.other = if after == used { (after + 1) % self.known.len() } else { after };
             (self.stage, self.left, self.used, self.taken) = (Stage::Used, RUN, used, [(0, 0); 2]);
         } else if used != self.used {
             // Another mover found a better one meanwhile.
@@ -128,17 +155,22 @@ impl Trial {
         // Engines are in the order of what they take away from others.
         let won = if self.other > self.used { other < used * WORTHWHILE } else { other * WORTHWHILE <= used };
         self.stage = Stage::Pause;
-        let wins = &mut self.wins[self.other];
-        if !won {
-            *wins = wins.saturating_sub(1);
+        self.known[self.used].learn(used);
+        self.known[self.other].learn(other);
+        let by_now = self.known[self.used].mean;
+        let known = &mut self.known[self.other];
+        if won {
+            known.wins = (known.wins + 1).min(WINS);
+            self.left = SHORT_PAUSE;
+        } else {
+            known.wins = known.wins.saturating_sub(1);
             let lost = f64::from(RUN) * (other / used - 1.0);
             self.left = ((lost * SHARE) as u32).clamp(PAUSE, LONGEST_PAUSE);
-            return None;
         }
-        self.left = SHORT_PAUSE;
-        *wins += 1;
-        (*wins == WINS).then(|| {
-            self.wins.fill(0);
+        let mostly = known.wins == WINS && known.mean <= by_now * CLEARLY;
+        let clearly = known.trials >= ENOUGH && known.mean * CLEARLY < by_now;
+        (mostly || clearly).then(|| {
+            self.known.iter_mut().for_each(|known| known.wins = 0);
             self.other
         })
     }
@@ -209,10 +241,31 @@ mod tests {
     fn trials_that_are_disturbed_now_and_then_decide_nothing() {
         let mut trials = Trials::new(1, 2);
         for round in 0..100 {
-            // The engine that is used is held up for every third trial.
-            let took = if round % 3 == 0 { [10_000, 200] } else { [100, 200] };
+            // One of the two is held up in two trials of three.
+            let took = [[10_000, 200], [100, 20_000], [100, 200]][round % 3];
             assert_eq!(one_trial(&mut trials, 0, &took), 0);
             assert_eq!(trials.rows[0].stage, Stage::Pause);
+        }
+    }
+
+    #[test]
+    fn an_engine_that_is_mostly_faster_and_now_and_then_very_late_is_not_used() {
+        for first in [0, 1] {
+            let (mut trials, mut used, mut moves) = (Trials::new(1, 2), first, [0u64; 2]);
+            let (mut time, mut late) = (0, 0);
+            for _ in 0..200_000 {
+                let turn = trials.next(0, used);
+                moves[turn.engine] += 1;
+                let is_late = turn.engine == 1 && moves[1] % 100 == 0;
+                let took = if is_late { 10_000 } else { [100, 80][turn.engine] };
+                time += took;
+                late += u64::from(is_late);
+                if turn.timed {
+                    used = trials.done(0, 1 << 20, Duration::from_nanos(took)).unwrap_or(used);
+                }
+            }
+            // By the late one alone it would be 36 million.
+            assert!(late > 0 && time < 22_000_000, "{time} from {first}");
         }
     }
 
