@@ -31,7 +31,7 @@ const STEP: u64 = engine::STEP as u64;
 const MAX_RUNS: usize = 64;
 /// So many moves are looked at before the first of them is done, and answered together.
 const AHEAD: usize = 16;
-/// A move of so many bytes is answered at once, and with it those before it.
+/// A move of so many bytes is answered at once, and those before it before it is begun.
 const PROMPTLY: u64 = 4096;
 /// A mover leaves a queue for the next one after so many moves, or so many bytes.
 const TURN_MOVES: u32 = 64;
@@ -312,6 +312,10 @@ impl Worker {
                 }
                 self.chains[waiting.clone()].iter().for_each(|chain| chain.fetch(&memory));
             }
+            if self.chains[waiting.start].readable_len() >= PROMPTLY {
+                // Who waits for a short one does not wait for this one.
+                self.give_back(queue, ring)?;
+            }
             let before = bytes;
             match self.answer(queue, waiting.start, &mut bytes) {
                 Outcome::Later => break Turn::Later,
@@ -334,6 +338,9 @@ impl Worker {
     /// Answers what is done, in order and at once: the driver looks at the used ring all the time, and its cache line should
     /// come here once for all of them.
     fn give_back(&mut self, queue: &MoveQueue, ring: &mut Vring) -> Result<(), Broken> {
+        if self.answered.is_empty() {
+            return Ok(());
+        }
         let memory = queue.port.memory.read();
         let (mut done, mut refused) = (0, 0);
         for (number, outcome) in self.answered.drain(..) {
@@ -1112,6 +1119,49 @@ mod tests {
         }
         assert_eq!(used.len() as u64, MOVES);
         assert_eq!(Counters::get(&world.queue.port.counters.moves), MOVES - 1);
+    }
+
+    /// An engine that has done with a long run only when so many chains are used.
+    struct Patient {
+        memory: std::fs::File,
+        used: u64,
+        want: u16,
+        long: bool,
+    }
+
+    impl Engine for Patient {
+        unsafe fn submit(&mut self, runs: &[Run]) {
+            self.long = runs.iter().any(|run| run.len as u64 >= PROMPTLY);
+        }
+
+        fn poll(&mut self) -> bool {
+            let mut index = [0; 2];
+            std::os::unix::fs::FileExt::read_exact_at(&self.memory, &mut index, self.used).unwrap();
+            !self.long || u16::from_le_bytes(index) >= self.want
+        }
+    }
+
+    #[test]
+    fn short_moves_are_answered_before_a_long_one_is_begun() {
+        let mut world = World::new();
+        let used = world.ring.layout.used + 2 - BASE;
+        let memory = world.sender.file.try_clone().unwrap();
+        world.worker.engines = MoverEngines::only(Box::new(Patient { memory, used, want: 3, long: false }));
+        let data = world.sender.take(PROMPTLY);
+        let chains: Vec<_> = [8, 8, 8, PROMPTLY as u32, 8]
+            .into_iter()
+            .map(|len| {
+                let header = world.sender.put(&to(&world.pool_dmb, 0).to_bytes());
+                let answer = world.sender.put(&[0xee; 8]);
+                let pieces = [(header, 32, NEXT, 1), (data, len, NEXT, 2), (answer, 8, WRITE, 0)];
+                (world.sender.put(&table(&pieces)), 48, INDIRECT, 0)
+            })
+            .collect();
+        world.ring.describe(&world.sender, &chains);
+        (0..chains.len() as u16).for_each(|head| world.ring.offer(&world.sender, head));
+        // Else it would wait for ever.
+        assert!(matches!(world.worker.turn(&world.queue), Turn::Idle));
+        assert_eq!(std::iter::from_fn(|| world.ring.used(&world.sender)).count(), chains.len());
     }
 
     #[test]
