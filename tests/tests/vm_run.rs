@@ -43,7 +43,7 @@ struct Setup {
 
 fn setup() -> Lent<'static, Setup> {
     static SETUP: Shared<Setup> = Shared::new();
-    SETUP.take(|| {
+    let setup = SETUP.take(|| {
         let daemon = TestDaemon::start_with(&[], CONFIGURATION);
         let start = |number: usize, name: &str| {
             let options = VmOptions::with_programs(name).device(&daemon.path(&format!("{name}.sock")));
@@ -69,17 +69,22 @@ fn setup() -> Lent<'static, Setup> {
                 vm.shell(&format!("insmod /lib/{name}.ko"));
             }
             vm.shell("modprobe smc");
-            load_module(vm, "");
         }
         Setup { daemon, a, b }
-    })
+    });
+    // A virtual machine has few mappings, and what other tests have left takes some.
+    for vm in [&setup.a, &setup.b] {
+        load_module(vm, "");
+    }
+    setup
 }
 
 /// Loads the kernel module, anew if it is there.
 fn load_module(vm: &Vm, parameters: &str) {
     // What the udev rule does for a group is done for all here.
     vm.shell(&format!(
-        "rmmod dmbridge 2>/dev/null || true; insmod {MODULE} {parameters}; chmod 666 /dev/dmbridge0"
+        "while grep -q ^dmbridge /proc/modules; do rmmod dmbridge 2>/dev/null || sleep 0.1; done
+        insmod {MODULE} {parameters}; chmod 666 /dev/dmbridge0"
     ));
 }
 
@@ -148,11 +153,12 @@ fn iperf3(server: &Vm, client: &Vm, to: &str, port: u16, how: &str, way: Way) ->
     let said: Value =
         serde_json::from_str(&sent.out).unwrap_or_else(|error| panic!("{error} in {}", sent.out));
     assert!(said["error"].is_null(), "{said}");
-    let received = &said["end"]["sum_received"];
+    // At the end, some of it may still be under way.
+    let end = &said["end"];
     let received_by = finish(server, &words, serving);
     let moved = [sent.moved(), received_by.moved()];
-    println!("iperf3 {how}: {} bit/s, through DMBs {moved:?}", received["bits_per_second"]);
-    (received["bytes"].as_u64().expect("a number"), [sent, received_by])
+    println!("iperf3 {how}: {} bit/s, through DMBs {moved:?}", end["sum_received"]["bits_per_second"]);
+    (end["sum_sent"]["bytes"].as_u64().expect("a number"), [sent, received_by])
 }
 
 /// Bytes that the daemon has moved: none, when all goes by mappings.
@@ -169,7 +175,7 @@ fn iperf3_runs_unchanged() {
         for (way, bytes) in [(Way::Plain, 32 << 20), (Way::Dmbridge, 256 << 20)] {
             let (done, ran) =
                 iperf3(&setup.a, &setup.b, &address(0), 5301, &format!("{how} -n {bytes}"), way);
-            assert!(done >= bytes / 10 * 9, "{done}");
+            assert!(done >= bytes, "{done}");
             let is_plain = matches!(way, Way::Plain);
             for ran in ran {
                 let moved = ran.moved();
@@ -284,7 +290,6 @@ fn guests_that_cannot_map_stay_with_tcp_and_say_so() {
     load_module(&setup.b, "map=0");
     let how = format!("-n {}", 192 << 20);
     let (_, ran) = iperf3(&setup.a, &setup.b, &address(0), 5321, &how, Way::Dmbridge);
-    load_module(&setup.b, "");
     let [client, server] = ran;
     assert_eq!((client.moved(), server.moved()), (0, 0));
     let why =
