@@ -29,6 +29,10 @@ enum Task {
         /// Seconds for which each fuzz target runs; 0 only builds them.
         #[arg(long, default_value_t = 5)]
         fuzz_seconds: u32,
+        /// Instead, run the tests of the guests' kernel module with a kernel that has DIBS, which is built for that from
+        /// Debian's source (ten minutes of two CPUs, once).
+        #[arg(long)]
+        dibs: bool,
         /// Passed on to `cargo test`: a name, or part of one, of the tests to run. The fuzz targets are then left out.
         filter: Vec<String>,
     },
@@ -46,7 +50,8 @@ fn main() -> std::process::ExitCode {
     let result = match Cli::parse().task {
         Task::Demo { args } => build_release(&[]).and_then(|binaries| dmbridge(&binaries, "demo", &args)),
         Task::Bench { args } => bench(&args),
-        Task::Test { fuzz_seconds, filter } => test(fuzz_seconds, &filter),
+        Task::Test { dibs: true, filter, .. } => test_dibs(&filter),
+        Task::Test { fuzz_seconds, filter, .. } => test(fuzz_seconds, &filter),
         Task::Lint => lint(),
     };
     match result {
@@ -98,12 +103,10 @@ const PROGRAMS: [(&str, &str); 12] = [
 
 fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
     let binaries = build_release(&[])?;
-    // The guests' kernel module is built for Debian's kernel, with its objtool.
-    run::debian_package("make", "make")?;
+    module_tools()?;
     // A program in C, and the header in C++, are compiled against what the library for C installs.
     run::debian_package("pkg-config", "pkg-config")?;
     run::debian_package("c++", "g++")?;
-    run::debian_file("/usr/lib/x86_64-linux-gnu/libelf.so.1", "libelf1")?;
     Step::new("Finding or making what virtual machines need (the first time it takes some minutes)").run(
         Command::new(run::workspace().join("qemu-scripts/provision")).arg("--programs").stdout(Stdio::null()),
     )?;
@@ -121,11 +124,66 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
             .env("DMBRIDGE_RUN", binaries.join("dmbridge-run")),
     )?;
     if filter.is_empty() {
+        module_builds()?;
         loom()?;
         fuzz(fuzz_seconds)?;
     }
     println!("\nAll tests passed.");
     Ok(())
+}
+
+/// The packages that building the guests' kernel module takes, for Debian's kernel with its objtool.
+fn module_tools() -> Result<()> {
+    run::debian_package("make", "make")?;
+    run::debian_file("/usr/lib/x86_64-linux-gnu/libelf.so.1", "libelf1")
+}
+
+/// Runs the tests of the kernel module where SMC finds it as a dibs device.
+fn test_dibs(filter: &[String]) -> Result<()> {
+    let binaries = build_release(&[])?;
+    module_tools()?;
+    for (program, package) in [("flex", "flex"), ("bison", "bison"), ("bc", "bc"), ("xz", "xz-utils")] {
+        run::debian_package(program, package)?;
+    }
+    run::debian_file("/usr/include/gelf.h", "libelf-dev")?;
+    Step::new("Finding or making a kernel that has DIBS, and what virtual machines need").run(
+        Command::new(run::workspace().join("qemu-scripts/provision"))
+            .arg("--programs")
+            .env("DMBRIDGE_KERNEL", "dibs")
+            .stdout(Stdio::null()),
+    )?;
+    Step::new("Running the tests of the kernel module").run(
+        cargo()
+            .args(["test", "--package", "dmbridge-tests", "--no-fail-fast"])
+            .args(["vm_kernel", "vm_chardev", "vm_liar"].iter().flat_map(|test| ["--test", test]))
+            .args(filter)
+            .env("DMBRIDGE_KERNEL", "dibs")
+            .env("DMBRIDGED", binaries.join("dmbridged")),
+    )
+}
+
+/// Builds and installs the kernel module as other releases of Debian do.
+fn module_builds() -> Result<()> {
+    if !run::is_root() {
+        eprintln!("==> Leaving out qemu-scripts/module-builds, which takes root");
+        return Ok(());
+    }
+    run::debian_package("mmdebstrap", "mmdebstrap")?;
+    let script = run::workspace().join("qemu-scripts/module-builds");
+    eprintln!(
+        "==> Building the kernel module for other Debian releases (the first time it takes some minutes)"
+    );
+    match Command::new(&script).status().with_context(|| format!("starting {}", script.display()))?.code() {
+        Some(0) => Ok(()),
+        // Of releases that change every day; what is wrong with them today is not wrong with us.
+        Some(3) => {
+            eprintln!("    left out: there is no root file system to be had, see above");
+            Ok(())
+        }
+        _ => anyhow::bail!(
+            "the kernel module is not fit for another Debian release; what is printed above says why"
+        ),
+    }
 }
 
 /// Tries every order in which two processors may see each other's stores. Loom's words are not the real ones, so this is

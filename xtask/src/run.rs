@@ -65,8 +65,7 @@ fn in_path(program: &str) -> bool {
 }
 
 fn install(program: &str, package: &str) -> Result<()> {
-    // SAFETY: geteuid has no arguments and cannot fail.
-    if !in_path("apt-get") || unsafe { libc::geteuid() } != 0 {
+    if !in_path("apt-get") || !is_root() {
         bail!("{program} is missing; install it (on Debian: apt-get install {package}) and try again");
     }
     let apt = || {
@@ -82,6 +81,12 @@ fn install(program: &str, package: &str) -> Result<()> {
         "install",
         package,
     ]))
+}
+
+/// Whether we may do anything.
+pub fn is_root() -> bool {
+    // SAFETY: geteuid has no arguments and cannot fail.
+    unsafe { libc::geteuid() == 0 }
 }
 
 /// The workspace's folder.

@@ -68,13 +68,28 @@ pub fn set_up_smc(vm: &Vm) {
     vm.push(&fs::read(run).expect("the program was built"), "/usr/bin/dmbridge-run");
     let program = build("dmbridge-guest-setup", "dmbridge-guest-setup");
     vm.push(&fs::read(program).expect("the program was built"), "/usr/bin/dmbridge-guest-setup");
-    vm.shell(&format!("modprobe smc; insmod {MODULE} {}", parameters()));
+    vm.shell(&format!("modprobe smc; test -e /sys/module/dmbridge || insmod {MODULE} {}", parameters()));
     vm.output(&["dmbridge-guest-setup", "--module", MODULE]);
+}
+
+/// A log without what Linux 7.3 says of its own hotplug driver when a device is unplugged, and of no other.
+fn without_pciehp(log: &str) -> String {
+    let mut parts = log.split("WARNING: possible circular locking");
+    let mut rest = parts.next().unwrap_or_default().to_string();
+    for part in parts {
+        let is_its_own =
+            part.lines().take(5).any(|line| line.contains("-pciehp/") && line.contains("to acquire lock"));
+        match part.split_once("</TASK>") {
+            Some((_, after)) if is_its_own => rest += after,
+            _ => rest.extend(["WARNING: possible circular locking", part]),
+        }
+    }
+    rest
 }
 
 /// Fails if the guest's kernel had anything to complain about.
 pub fn assert_kernel_is_content(vm: &Vm) {
-    let log = vm.shell("dmesg");
+    let log = without_pciehp(&vm.shell("dmesg"));
     let bad = [
         "WARNING",
         "BUG:",
