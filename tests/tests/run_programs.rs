@@ -25,18 +25,18 @@ fn both<T: PartialEq + std::fmt::Debug>(
 fn iperf3() {
     let daemon = daemon();
     for args in [&[][..], &["-P", "4"], &["-R"], &["--bidir"], &["-6"]] {
-        both(&daemon, 100 << 20, |way| {
+        both(&daemon, 10 << 20, |way| {
             let port = free_port();
             let text = port.to_string();
             let mut server = way.serve("iperf3", &["-s", "-1", "-p", &text], port);
             let address = if args == ["-6"] { "::1" } else { "127.0.0.1" };
-            let mut all = vec!["-c", address, "-p", &text, "-n", "200M", "--json"];
+            // For a second: the connection moves in the midst of it, however busy the machine is.
+            let mut all = vec!["-c", address, "-p", &text, "-t", "1", "--json"];
             all.extend(args.iter().filter(|arg| **arg != "-6"));
             let client = way.run("iperf3", &all);
             let json: Value = serde_json::from_str(&client.out).expect("JSON");
-            // It ends with the direction that is done first, so the other may have sent less.
             let sent = ["sum_sent", "sum_sent_bidir_reverse"].map(|sum| json["end"][sum]["bytes"].as_u64());
-            let enough = sent.into_iter().flatten().any(|sent| sent >= 200 << 20);
+            let enough = sent.into_iter().flatten().any(|sent| sent >= 10 << 20);
             ((enough, json["error"].is_null()), vec![client, server.finish()])
         });
     }
@@ -178,7 +178,7 @@ fn memcached() {
             "import socket, hashlib\n\
              s = socket.create_connection(('127.0.0.1', {port})); f = s.makefile('rwb')\n\
              total = hashlib.sha256()\n\
-             for i in range(400):\n\
+             for i in range(3000):\n\
              \x20   v = bytes((i * j) % 256 for j in range(1 + i * 13 % 3000))\n\
              \x20   f.write(b'set k%d 0 0 %d\\r\\n%s\\r\\n' % (i % 50, len(v), v)); f.flush(); total.update(f.readline())\n\
              \x20   f.write(b'get k%d\\r\\n' % (i % 50)); f.flush()\n\
