@@ -7,8 +7,11 @@ use dmbridge_tests::preload::{Ran, Way, daemon};
 const SERVER: &str = r#"
 import hashlib, os, socket, subprocess, sys, time
 how, moves, big, heir = sys.argv[1], sys.argv[2] == 'moves', int(sys.argv[3]), sys.argv[5]
+# It moves while the client sends and nobody reads.
+early = how == 'early'
+if early: how = 'stdin'
 listener = socket.create_server(('127.0.0.1', 0))
-client = subprocess.Popen([sys.executable, '-c', sys.argv[4], str(listener.getsockname()[1]), str(big)],
+client = subprocess.Popen([sys.executable, '-c', sys.argv[4], str(listener.getsockname()[1]), str(big), str(early)],
     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 s, _ = listener.accept()
 def exactly(n):
@@ -24,10 +27,12 @@ while True:
     s.sendall(b'c')
     exactly(1000)
     rounds += 1
+    if early and rounds == 20: break
     if rounds > 50 and (not moves or by_tcp() - before < 500): break
     assert time.monotonic() < end, 'it does not move'
 s.sendall(b'g')
 first = exactly(777)
+if early: heir = heir.replace('big = ', 'big = %d #' % int(client.stdout.readline()))
 os.set_inheritable(s.fileno(), True)
 def run(fd, **more):
     return subprocess.Popen([sys.executable, '-c', heir, str(fd), hashlib.sha256(first).hexdigest()], **more)
@@ -96,12 +101,27 @@ print(client.communicate()[0].decode(), end='')
 
 /// Sends numbers, reads what comes for them, and ends.
 const CLIENT: &str = r#"
-import hashlib, os, socket, sys
+import hashlib, os, socket, sys, time
 s = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
 while s.recv(1) == b'c': s.sendall(bytes(1000))
 big = int(sys.argv[2])
 data = b''.join(i.to_bytes(4, 'little') for i in range(big // 4))
-s.sendall(data)
+if sys.argv[3] == 'True':
+    # Until TCP has got none of it for a while, if it moves.
+    def by_tcp():
+        return int.from_bytes(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)[200:208], 'little')
+    # Nobody reads, so not more than TCP's window.
+    more, sent = 0, 1000
+    s.sendall(data[:sent])
+    while more < 20 and sent < big:
+        before = by_tcp()
+        s.sendall(data[sent:sent + 20])
+        sent += 20
+        time.sleep(0.005)
+        more = more + 1 if by_tcp() - before < 10 else 0
+    print(sent, flush=True)
+else:
+    s.sendall(data)
 total = hashlib.sha256()
 left = 500000
 while left:
@@ -125,7 +145,9 @@ def read(n):
         total.update(got); left -= len(got)
     return total.hexdigest(), left
 big = BIG
-print('heir', sys.argv[2], read(big - 777))
+data = b''.join(i.to_bytes(4, 'little') for i in range(big // 4))
+hash = lambda data: hashlib.sha256(data).hexdigest()
+print('heir', sys.argv[2] == hash(data[:777]), read(big - 777) == (hash(data[777:]), 0))
 s.sendall(b''.join(i.to_bytes(4, 'big') for i in range(125000)))
 print('heir', read(7), s.recv(1))
 s.close()
@@ -158,6 +180,15 @@ fn handed_on(how: &str) {
 #[test]
 fn a_program_that_is_executed_goes_on_with_a_moved_connection() {
     handed_on("exec");
+}
+
+#[test]
+fn what_lies_in_tcp_from_before_a_connection_moved_comes_before_what_is_in_the_ring() {
+    let daemon = daemon();
+    let plain = run(Way::Plain, "early", 10_000);
+    // It does not move meanwhile if the server was just reading when it could have: then there is less to see here.
+    let moved = run(Way::Dmbridge(&daemon), "early", 10_000);
+    assert_eq!(moved.out, plain.out, "{}", moved.err);
 }
 
 #[test]

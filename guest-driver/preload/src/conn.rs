@@ -282,6 +282,11 @@ impl Conn {
         (self.tx.bytes.load(Ordering::Relaxed), self.rx.bytes.load(Ordering::Relaxed))
     }
 
+    /// Whether it has moved, even if it is TCP again.
+    pub fn has_rings(&self) -> bool {
+        !self.local.load(Ordering::Acquire).is_null()
+    }
+
     /// Whether anything of it may be in rings: then its calls cannot simply be the kernel's.
     #[inline]
     pub fn is_moved(&self) -> bool {

@@ -329,10 +329,14 @@ fn loads_us(environment: List) -> bool {
     })
 }
 
-/// Whether a program's file is one that preloaded libraries are loaded into: linked dynamically, or a script for such
-/// a one, and not one that gives rights.
+/// Whether a program's file is one that preloaded libraries are loaded into, if it is there: linked dynamically, or a script
+/// for such a one, and not one that gives rights.
 fn is_loaded(path: &Path, depth: u32) -> bool {
-    let Ok(mut file) = std::fs::File::open(path) else { return false };
+    let mut file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        // It is looked for in another folder next.
+        Err(error) => return error.kind() != std::io::ErrorKind::PermissionDenied,
+    };
     let Ok(status) = file.metadata() else { return false };
     let mut head = [0u8; 4096];
     let Ok(len) = file.read(&mut head) else { return false };
@@ -514,6 +518,7 @@ unsafe extern "C-unwind" fn posix_spawn_file_actions_adddup2(
     to: c_int,
 ) -> c_int {
     // It is meant for a program that will be spawned.
+    claim_if_strange(from);
     if let Some(conn) = table::conn(from) {
         call_back(conn, from);
     }

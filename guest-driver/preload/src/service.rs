@@ -210,15 +210,14 @@ pub fn conn_of(fd: c_int, entry: &Entry) -> Option<(u32, &'static Conn)> {
 
 /// The last descriptor of all processes was closed.
 pub fn closed(index: u32, conn: &Conn) {
-    match conn.state() {
-        State::Plain | State::Over => conn.free(),
-        _ => {
-            let (sent, received) = conn.bytes();
-            stats::get().bytes_sent.fetch_add(sent, Ordering::Relaxed);
-            stats::get().bytes_received.fetch_add(received, Ordering::Relaxed);
-            conn.orphan();
-            send(Task::Closed { index });
-        }
+    let (sent, received) = conn.bytes();
+    stats::get().bytes_sent.fetch_add(sent, Ordering::Relaxed);
+    stats::get().bytes_received.fetch_add(received, Ordering::Relaxed);
+    if conn.state() == State::Asking || conn.has_rings() {
+        conn.orphan();
+        send(Task::Closed { index });
+    } else {
+        conn.free();
     }
 }
 
