@@ -199,8 +199,9 @@ fn redis_runs_unchanged() {
         let client = |words: &str| way.run(&setup.b, &words.replace('@', &format!("-h {server} -p {port}")));
         let mut said = vec![client("redis-cli @ set key value").out, client("redis-cli @ get key").out];
         let mut moved = 0;
-        for how in ["-c 1", "-c 20", "-P 16", "-d 20000"] {
-            let ran = client(&format!("redis-benchmark @ -t get,set -n 2000 --csv {how}"));
+        // The first is one connection that lasts: it has moved long before it ends. Of many that are short, few may.
+        for how in ["-n 10000 -c 1", "-n 2000 -c 20", "-n 2000 -P 16", "-n 2000 -d 20000"] {
+            let ran = client(&format!("redis-benchmark @ -t get,set --csv {how}"));
             moved += ran.moved();
             println!("redis-benchmark {how}: {}", ran.out);
             said.extend(ran.out.lines().filter_map(|line| line.split(',').next()).map(String::from));
@@ -212,7 +213,7 @@ fn redis_runs_unchanged() {
     });
     let [(plain, nothing), (said, moved)] = results;
     assert_eq!(said, plain);
-    assert!(nothing == 0 && moved > 1 << 20, "{moved} bytes went through DMBs");
+    assert!(nothing == 0 && moved > 200_000, "{moved} bytes went through DMBs");
     assert_kernel_is_content(&setup.a);
     assert_kernel_is_content(&setup.b);
 }
