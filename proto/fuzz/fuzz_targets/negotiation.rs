@@ -40,13 +40,14 @@ fuzz_target!(|input: Input| {
                 if let Ok(choice) = offer.accepted(&accept) {
                     assert!(choice.device < offer.devices.len());
                     let had = groups.has_contact(choice.device, choice.peer);
-                    match groups.join_as_client(choice.device, choice.peer, accept.first_contact) {
-                        Ok(member) => {
-                            assert_eq!(member.first_contact, accept.first_contact);
-                            groups.leave(member.group);
-                        }
-                        Err(_) => assert!(!had && !accept.first_contact),
-                    }
+                    let joined = groups.join_as_client(choice.device, choice.peer, accept.first_contact);
+                    let member = joined.unwrap_or_else(|| {
+                        assert!(!had && !accept.first_contact);
+                        groups.join_unknown(choice.device, choice.peer)
+                    });
+                    assert_eq!(member.first_contact, accept.first_contact);
+                    assert!(groups.connections(member.group) > 0);
+                    groups.leave(member.group);
                 }
             }
             _ => {}
