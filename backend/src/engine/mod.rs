@@ -12,7 +12,7 @@
 //! | [`dsa`] | Intel's Data Streaming Accelerator copies |
 //! | [`calibrate`], [`cache`] | how fast each is here, by size and by node |
 //! | [`table`] | which one is used, by size and by node |
-//! | [`trial`] | whether it is still the best |
+//! | `trial` | whether it is still the best |
 //! | [`set`] | the engines of a daemon, and of one of its movers |
 //!
 //! There is no engine for memory that the daemon has not mapped (`process_vm_writev`): whoever moves is a front-end, and a
