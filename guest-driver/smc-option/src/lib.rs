@@ -1,15 +1,15 @@
 //! The TCP option by which SMC users know each other (RFC 7609, 3.1: kind 254, `e2d4c3d9`), for programs: Linux writes it for
 //! its own AF_SMC sockets only, and takes nobody for an SMC user who does not.
 //!
-//! An eBPF program, attached to all of the machine once by root ([`install`]), writes the option into the SYN and the SYN-ACK of sockets
+//! An eBPF program, attached to all of the machine once by root ([`install()`]), writes the option into the SYN and the SYN-ACK of sockets
 //! that are marked, into a SYN-ACK only if the SYN had it, and notes whether the other end answered it. Any program may
 //! [`mark`] its own sockets, and ask [`heard`]. Nothing of other sockets is touched.
 //!
 //! | file | subject |
 //! | --- | --- |
-//! | [`program`] | the eBPF program |
-//! | [`install`](mod@install) | bringing it into the kernel, and out |
-//! | [`bpf`] | the system call |
+//! | `program` | the eBPF program |
+//! | `install` | bringing it into the kernel, and out |
+//! | `bpf` | the system call |
 
 mod bpf;
 mod install;
