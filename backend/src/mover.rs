@@ -209,8 +209,6 @@ enum Outcome {
     Malformed,
     /// This is the answer.
     Done(Result<(), Status>),
-    /// It has to wait until its target's owner goes on.
-    Later,
 }
 
 /// How a turn ended.
@@ -317,10 +315,8 @@ impl Worker {
                 self.give_back(queue, ring)?;
             }
             let before = bytes;
-            match self.answer(queue, waiting.start, &mut bytes) {
-                Outcome::Later => break Turn::Later,
-                outcome => self.answered.push((waiting.start, outcome)),
-            }
+            let Some(outcome) = self.answer(queue, waiting.start, &mut bytes) else { break Turn::Later };
+            self.answered.push((waiting.start, outcome));
             waiting.start += 1;
             moves += 1;
             if waiting.is_empty() || bytes - before >= PROMPTLY {
@@ -353,7 +349,7 @@ impl Worker {
                     chain.respond(&memory, &response);
                     RESPONSE_SIZE as u32
                 }
-                Outcome::Malformed | Outcome::Later => 0,
+                Outcome::Malformed => 0,
             };
             ring.push(memory.guest(), chain.head, len)?;
         }
@@ -366,23 +362,23 @@ impl Worker {
         Ok(())
     }
 
-    /// Does the move in one of `chains`.
-    fn answer(&mut self, queue: &MoveQueue, number: usize, bytes: &mut u64) -> Outcome {
+    /// Does the move in one of `chains`. `None`: it has to wait until its target's owner goes on.
+    fn answer(&mut self, queue: &MoveQueue, number: usize, bytes: &mut u64) -> Option<Outcome> {
         let chain = &self.chains[number];
         let mut header = [0; HEADER_SIZE];
         {
             let memory = queue.port.memory.read();
-            if chain.malformed || !chain.takes_response(&memory, RESPONSE_SIZE) {
-                return Outcome::Malformed;
-            }
-            if take_header(&memory, &chain.readable, &mut header, &mut self.data).is_none() {
-                return Outcome::Malformed;
+            if chain.malformed
+                || !chain.takes_response(&memory, RESPONSE_SIZE)
+                || take_header(&memory, &chain.readable, &mut header, &mut self.data).is_none()
+            {
+                return Some(Outcome::Malformed);
             }
         }
         match MoveHeader::parse(&header).and_then(|header| self.execute(queue, &header, bytes)) {
-            Ok(true) => Outcome::Done(Ok(())),
-            Ok(false) => Outcome::Later,
-            Err(status) => Outcome::Done(Err(status)),
+            Ok(true) => Some(Outcome::Done(Ok(()))),
+            Ok(false) => None,
+            Err(status) => Some(Outcome::Done(Err(status))),
         }
     }
 

@@ -1,45 +1,22 @@
 //! The kernel module's character device: unprivileged programs of guests have DMBs of their own, by the library.
 
-use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::deadline::until;
 use dmbridge_tests::vm::kernel::{MODULE, assert_kernel_is_content, module};
 use dmbridge_tests::vm::shared::{Lent, Shared};
-use dmbridge_tests::vm::{Driven, Vm, VmOptions};
+use dmbridge_tests::vm::{Driven, Vm, VmOptions, VmPair};
 use std::fs;
 
 const FILE: &str = "/dev/dmbridge0";
-const CONFIGURATION: &str = r#"
-[[device]]
-name = "a"
-socket = "@/a.sock"
-[[device]]
-name = "b"
-socket = "@/b.sock"
-[hub]
-socket = "@/hub.sock"
-[[hub.rule]]
-group = "default"
-"#;
-
-struct Setup {
-    daemon: TestDaemon,
-    a: Vm,
-    b: Vm,
-}
-
-fn setup() -> Lent<'static, Setup> {
-    static SETUP: Shared<Setup> = Shared::new();
+fn setup() -> Lent<'static, VmPair> {
+    static SETUP: Shared<VmPair> = Shared::new();
     SETUP.take(|| {
-        let daemon = TestDaemon::start_with(&[], CONFIGURATION);
-        let [a, b] =
-            ["a", "b"].map(|name| VmOptions::new(name).device(&daemon.path(&format!("{name}.sock"))).start());
-        for vm in [&a, &b] {
-            vm.wait_until_booted();
+        let pair = VmPair::boot_with(|_, _, name| VmOptions::new(name));
+        for vm in [&pair.a, &pair.b] {
             vm.push(&fs::read(module()).expect("the module was built"), MODULE);
             // What the udev rule does for a group is done for all here.
             vm.shell(&format!("modprobe smc; insmod {MODULE}; chmod 666 {FILE}"));
         }
-        Setup { daemon, a, b }
+        pair
     })
 }
 
@@ -48,11 +25,7 @@ fn program(vm: &Vm) -> Driven {
     Driven::in_guest_as(vm, "nobody", &["file", FILE])
 }
 
-fn moved(setup: &Setup) -> u64 {
-    setup.daemon.report().devices.iter().map(|device| device.moved_bytes).sum()
-}
-
-fn dmbs(setup: &Setup) -> u64 {
+fn dmbs(setup: &VmPair) -> u64 {
     setup
         .daemon
         .report()
@@ -79,11 +52,11 @@ fn exchange(a: &mut Driven, b: &mut Driven, how: &str, bytes: u64) {
 fn programs_of_two_guests_exchange_by_map_and_by_moves() {
     let setup = setup();
     let (mut a, mut b) = (program(&setup.a), program(&setup.b));
-    let before = moved(&setup);
+    let before = setup.moved_bytes();
     exchange(&mut a, &mut b, "attach", 64 << 20);
-    assert_eq!(moved(&setup), before);
+    assert_eq!(setup.moved_bytes(), before);
     exchange(&mut a, &mut b, "move", 8 << 20);
-    assert!(moved(&setup) - before >= 16 << 20);
+    assert!(setup.moved_bytes() - before >= 16 << 20);
     assert_kernel_is_content(&setup.a);
 }
 

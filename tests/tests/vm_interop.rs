@@ -1,12 +1,11 @@
 //! Linux's AF_SMC in one guest, the library's sockets in the other: they meet over DMBs, whoever connects to whom, and whatever the
 //! library's device is.
 
-use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::vm::kernel::{
-    MODULE, address, assert_kernel_is_content, network, set_up_network, set_up_smc,
+    MODULE, address, assert_kernel_is_content, network, set_up_network, set_up_smc, shown,
 };
 use dmbridge_tests::vm::shared::{Lent, Shared};
-use dmbridge_tests::vm::{Running, Vm, VmOptions};
+use dmbridge_tests::vm::{Running, Vm, VmOptions, VmPair};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -14,46 +13,21 @@ use std::time::Duration;
 const DEADLINE: Duration = Duration::from_secs(300);
 
 const FILE: &str = "/dev/dmbridge0";
-const CONFIGURATION: &str = r#"
-[[device]]
-name = "a"
-socket = "@/a.sock"
-[[device]]
-name = "b"
-socket = "@/b.sock"
-"#;
-
 /// In the first guest is AF_SMC, in the second the library.
-struct Setup {
-    daemon: TestDaemon,
-    a: Vm,
-    b: Vm,
-}
-
-fn setup() -> Lent<'static, Setup> {
-    static SETUP: Shared<Setup> = Shared::new();
+fn setup() -> Lent<'static, VmPair> {
+    static SETUP: Shared<VmPair> = Shared::new();
     SETUP.take(|| {
-        let daemon = TestDaemon::start_with(&[], CONFIGURATION);
-        let start = |number: usize, name: &str| {
-            let options = VmOptions::new(name).device(&daemon.path(&format!("{name}.sock")));
-            network(options, number, &daemon.path("network")).start()
-        };
-        let (a, b) = (start(0, "a"), start(1, "b"));
-        for (number, vm) in [&a, &b].into_iter().enumerate() {
-            vm.wait_until_booted();
+        let pair = VmPair::boot_with(|daemon, number, name| {
+            network(VmOptions::new(name), number, &daemon.path("network"))
+        });
+        for (number, vm) in [&pair.a, &pair.b].into_iter().enumerate() {
             set_up_network(vm, number);
             set_up_smc(vm);
         }
-        assert_eq!(shown(&b)["programs"], true, "the option is not installed");
-        b.shell(&format!("chmod 666 {FILE}"));
-        Setup { daemon, a, b }
+        assert_eq!(shown(&pair.b)["programs"], true, "the option is not installed");
+        pair.b.shell(&format!("chmod 666 {FILE}"));
+        pair
     })
-}
-
-/// What `dmbridge-guest-setup` shows.
-fn shown(vm: &Vm) -> Value {
-    let text = vm.output(&["dmbridge-guest-setup", "--show", "--json"]);
-    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"))
 }
 
 /// SMC-D connections of the guest with AF_SMC, and its fallbacks.
@@ -73,7 +47,7 @@ enum Server {
 }
 
 /// Starts both ends of something: AF_SMC's, then the library's.
-fn start(setup: &Setup, server: Server, port: u16, what: &str) -> (Running, Running) {
+fn start(setup: &VmPair, server: Server, port: u16, what: &str) -> (Running, Running) {
     let port = port.to_string();
     let run = |vm: &Vm, family: &str, words: &[&str]| {
         let program = format!("exec vm-sockets {family} {} {what}", words.join(" "));
@@ -104,7 +78,7 @@ fn result(vm: &Vm, running: Running) -> Value {
     serde_json::from_str(last).unwrap_or_else(|error| panic!("{error} in {text:?}, {output:?}"))
 }
 
-fn exchange(setup: &Setup, server: Server, port: u16, connections: u64, bytes: u64) {
+fn exchange(setup: &VmPair, server: Server, port: u16, connections: u64, bytes: u64) {
     let before = smcd(&setup.a);
     let (linux, library) = start(setup, server, port, &format!("exchange {connections} {bytes}"));
     let (library, linux) = (result(&setup.b, library), result(&setup.a, linux));
@@ -139,10 +113,10 @@ fn bytes_go_both_ways_with_the_character_device() {
 }
 
 /// The library has the device for itself as long as this lives.
-struct WithoutModule<'a>(&'a Setup);
+struct WithoutModule<'a>(&'a VmPair);
 
 impl WithoutModule<'_> {
-    fn new(setup: &Setup) -> WithoutModule<'_> {
+    fn new(setup: &VmPair) -> WithoutModule<'_> {
         setup.b.shell("rmmod dmbridge");
         WithoutModule(setup)
     }

@@ -6,9 +6,10 @@ use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::deadline::until;
 use dmbridge_tests::vm::kernel::{
     MODULE, address, assert_kernel_is_content, is_dibs, network, parameters, set_up_network, set_up_smc,
+    shown,
 };
 use dmbridge_tests::vm::shared::{Lent, Shared, in_lasting_thread};
-use dmbridge_tests::vm::{Running, Vm, VmOptions};
+use dmbridge_tests::vm::{Running, Vm, VmOptions, VmPair};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -21,34 +22,16 @@ fn exchange_bytes() -> u64 {
     mib.unwrap_or(1024) << 20
 }
 
-const CONFIGURATION: &str = r#"
-[[device]]
-name = "a"
-socket = "@/a.sock"
-[[device]]
-name = "b"
-socket = "@/b.sock"
-"#;
-
-struct Setup {
-    daemon: TestDaemon,
-    a: Vm,
-    b: Vm,
-}
-
-fn make() -> Setup {
-    let daemon = TestDaemon::start_with(&[], CONFIGURATION);
-    let start = |number: usize, name: &str| {
-        let options = VmOptions::with_programs(name).device(&daemon.path(&format!("{name}.sock")));
-        network(options, number, &daemon.path("network")).start()
+fn make() -> VmPair {
+    let options = |daemon: &TestDaemon, number, name: &str| {
+        network(VmOptions::with_programs(name), number, &daemon.path("network"))
     };
-    let (a, b) = (start(0, "a"), start(1, "b"));
-    for (number, vm) in [&a, &b].into_iter().enumerate() {
-        vm.wait_until_booted();
+    let pair = VmPair::boot_with(options);
+    for (number, vm) in [&pair.a, &pair.b].into_iter().enumerate() {
         set_up_network(vm, number);
         set_up_smc(vm);
     }
-    Setup { daemon, a, b }
+    pair
 }
 
 /// Loads the module anew.
@@ -56,15 +39,9 @@ fn reload(vm: &Vm, parameters: &str) {
     vm.shell(&format!("rmmod dmbridge; insmod {MODULE} {parameters}"));
 }
 
-fn setup() -> Lent<'static, Setup> {
-    static SETUP: Shared<Setup> = Shared::new();
+fn setup() -> Lent<'static, VmPair> {
+    static SETUP: Shared<VmPair> = Shared::new();
     SETUP.take(make)
-}
-
-/// What `dmbridge-guest-setup` shows.
-fn shown(vm: &Vm) -> Value {
-    let text = vm.output(&["dmbridge-guest-setup", "--show", "--json"]);
-    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"))
 }
 
 fn result(vm: &Vm, running: Running) -> Value {
@@ -75,7 +52,7 @@ fn result(vm: &Vm, running: Running) -> Value {
 }
 
 /// Runs both ends of something; what they say.
-fn both(setup: &Setup, family: &str, port: u16, what: &str) -> (Value, Value) {
+fn both(setup: &VmPair, family: &str, port: u16, what: &str) -> (Value, Value) {
     let words = |start: &[&str]| -> Vec<String> {
         ["vm-sockets", family].iter().chain(start).copied().chain(what.split(' ')).map(String::from).collect()
     };
@@ -107,7 +84,7 @@ fn af_smc_sockets_of_two_guests_exchange_by_map_and_nothing_falls_back() {
     let setup = setup();
     let bytes = exchange_bytes();
     let before = (shown(&setup.a), shown(&setup.b));
-    let moved_before = moved(&setup);
+    let moved_before = setup.moved_bytes();
     let (server, client) = both(&setup, "smc", 7001, &format!("exchange 1 {bytes}"));
     println!("{bytes} bytes each way in {} s, {} s", server["seconds"], client["seconds"]);
     for (vm, before) in [(&setup.a, &before.0), (&setup.b, &before.1)] {
@@ -131,16 +108,11 @@ fn af_smc_sockets_of_two_guests_exchange_by_map_and_nothing_falls_back() {
     }
     let report = setup.daemon.report();
     assert!(report.devices.iter().all(|device| device.started && device.map));
-    assert!(!is_dibs() || moved(&setup) == moved_before);
-}
-
-/// Bytes that the daemon has moved.
-fn moved(setup: &Setup) -> u64 {
-    setup.daemon.report().devices.iter().map(|device| device.moved_bytes).sum()
+    assert!(!is_dibs() || setup.moved_bytes() == moved_before);
 }
 
 /// Both ends of a connection that has no end; when this returns, bytes go both ways.
-fn endless(setup: &Setup, port: u16) -> (Running, Running) {
+fn endless(setup: &VmPair, port: u16) -> (Running, Running) {
     let port = port.to_string();
     let mut server = setup.a.start_command(&["vm-sockets", "smc", "listen", &port, "hang"]);
     assert_eq!(setup.a.expect(server.line(DEADLINE)), "listening");
@@ -160,7 +132,7 @@ fn ended(vm: &Vm, running: Running) {
     assert!(words.iter().any(|word| writing.contains(word)), "{said}");
 }
 
-fn works(setup: &Setup, port: u16) {
+fn works(setup: &VmPair, port: u16) {
     let before = smcd(&shown(&setup.b));
     both(setup, "smc", port, "exchange 1 1000000");
     let after = smcd(&shown(&setup.b));
@@ -175,12 +147,12 @@ fn guests_that_cannot_map_move() {
             reload(vm, parameters);
         }
         let bytes = exchange_bytes() / 16;
-        let before = (smcd(&shown(&setup.a)), moved(&setup));
+        let before = (smcd(&shown(&setup.a)), setup.moved_bytes());
         let (server, _) = both(&setup, "smc", port, &format!("exchange 2 {bytes}"));
         println!("{bytes} bytes twice each way in {} s by moves", server["seconds"]);
         let after = smcd(&shown(&setup.a));
         assert_eq!((after.0 - before.0.0, after.2), (2, before.0.2));
-        assert!(moved(&setup) - before.1 >= 4 * bytes);
+        assert!(setup.moved_bytes() - before.1 >= 4 * bytes);
     }
     for vm in [&setup.a, &setup.b] {
         reload(vm, parameters());
@@ -336,13 +308,13 @@ fn program(vm: &Vm, words: &str) -> String {
 }
 
 /// Waits until a program in the first guest accepts connections.
-fn wait_for_port(setup: &Setup, port: u16) {
+fn wait_for_port(setup: &VmPair, port: u16) {
     let words = format!("until netstat -ltn | grep -q ':{port} '; do sleep 0.1; done");
     setup.a.shell(&words);
 }
 
 /// Fails unless all connections since `before` were SMC-D, and carried so many bytes.
-fn all_smcd(setup: &Setup, before: &Value, connections: u64, bytes: u64) {
+fn all_smcd(setup: &VmPair, before: &Value, connections: u64, bytes: u64) {
     let after = shown(&setup.b);
     let (before, now) = (smcd(before), smcd(&after));
     assert!(now.0 - before.0 >= connections && now.1 - before.1 >= bytes && now.2 == before.2, "{after}");

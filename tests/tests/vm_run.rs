@@ -1,7 +1,6 @@
 //! `dmbridge-run` between two guests with Debian's stock kernel and the kernel module: unchanged programs, over TCP by virtio-net
 //! at first, do the same with and without it, and with it their bytes go through DMBs.
 
-use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::deadline::until;
 use dmbridge_tests::namespaces::joined_to_guest;
 use dmbridge_tests::preload::{self, Ran, runner};
@@ -10,7 +9,7 @@ use dmbridge_tests::vm::kernel::{
     MODULE, address, assert_kernel_is_content, module, network, set_up_network,
 };
 use dmbridge_tests::vm::shared::{Lent, Shared};
-use dmbridge_tests::vm::{Running, Vm, VmOptions};
+use dmbridge_tests::vm::{Running, Vm, VmOptions, VmPair};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::fs;
@@ -19,44 +18,21 @@ use std::time::Duration;
 
 /// How long anything may take: guests are slow without KVM.
 const DEADLINE: Duration = Duration::from_secs(300);
-const CONFIGURATION: &str = r#"
-[[device]]
-name = "a"
-socket = "@/a.sock"
-[[device]]
-name = "b"
-socket = "@/b.sock"
-[hub]
-socket = "@/hub.sock"
-[[hub.rule]]
-group = "default"
-"#;
 /// Addresses of the host and of a guest on a network of theirs, and what the guest's hardware address there starts with.
 const HOST: [&str; 2] = ["10.78.0.1", "10.78.0.2"];
 const HOST_NETWORK: &str = "52:54:00:78";
 
-struct Setup {
-    daemon: TestDaemon,
-    a: Vm,
-    b: Vm,
-}
-
-fn setup() -> Lent<'static, Setup> {
-    static SETUP: Shared<Setup> = Shared::new();
+fn setup() -> Lent<'static, VmPair> {
+    static SETUP: Shared<VmPair> = Shared::new();
     let setup = SETUP.take(|| {
-        let daemon = TestDaemon::start_with(&[], CONFIGURATION);
-        let start = |number: usize, name: &str| {
-            let options = VmOptions::with_programs(name).device(&daemon.path(&format!("{name}.sock")));
-            let options = network(options, number, &daemon.path("network"));
+        let pair = VmPair::boot_with(|daemon, number, name| {
+            let options = network(VmOptions::with_programs(name), number, &daemon.path("network"));
             let host = daemon.path(&format!("host-{name}")).display().to_string();
             options
                 .qemu("-netdev", &format!("stream,id=host,reconnect-ms=100,addr.type=unix,addr.path={host}"))
                 .qemu("-device", &format!("virtio-net-pci,netdev=host,mac={HOST_NETWORK}:00:01,romfile="))
-                .start()
-        };
-        let (a, b) = (start(0, "a"), start(1, "b"));
-        for (number, vm) in [&a, &b].into_iter().enumerate() {
-            vm.wait_until_booted();
+        });
+        for (number, vm) in [&pair.a, &pair.b].into_iter().enumerate() {
             set_up_network(vm, number);
             let push = |file: &Path, to: &str| vm.push(&fs::read(file).expect("a file"), to);
             push(module(), MODULE);
@@ -70,7 +46,7 @@ fn setup() -> Lent<'static, Setup> {
             }
             vm.shell("modprobe smc");
         }
-        Setup { daemon, a, b }
+        pair
     });
     // A virtual machine has few mappings, and what other tests have left takes some.
     for vm in [&setup.a, &setup.b] {
@@ -161,15 +137,10 @@ fn iperf3(server: &Vm, client: &Vm, to: &str, port: u16, how: &str, way: Way) ->
     (end["sum_sent"]["bytes"].as_u64().expect("a number"), [sent, received_by])
 }
 
-/// Bytes that the daemon has moved: none, when all goes by mappings.
-fn moved_by_the_daemon(setup: &Setup) -> u64 {
-    setup.daemon.report().devices.iter().map(|device| device.moved_bytes).sum()
-}
-
 #[test]
 fn iperf3_runs_unchanged() {
     let setup = setup();
-    let before = moved_by_the_daemon(&setup);
+    let before = setup.moved_bytes();
     for how in ["", "-P 4", "-R"] {
         // By DMBs so much that the beginning, which goes over TCP, is a small part.
         for (way, bytes) in [(Way::Plain, 32 << 20), (Way::Dmbridge, 256 << 20)] {
@@ -183,7 +154,7 @@ fn iperf3_runs_unchanged() {
             }
         }
     }
-    assert_eq!(moved_by_the_daemon(&setup), before);
+    assert_eq!(setup.moved_bytes(), before);
     assert_kernel_is_content(&setup.a);
     assert_kernel_is_content(&setup.b);
 }
@@ -219,7 +190,7 @@ fn redis_runs_unchanged() {
 }
 
 /// Has iperf3 of the second guest send to the first one, or fetch from it, for ever. When this returns, bytes go through DMBs.
-fn endless(setup: &Setup, port: u16, how: &str) -> (Running, Running) {
+fn endless(setup: &VmPair, port: u16, how: &str) -> (Running, Running) {
     let run = |vm: &Vm, words: &str| {
         let words = format!("exec dmbridge-run --network guests /opt/debian/bin/iperf3 -p {port} {words}");
         vm.start_command(&["sh", "-c", &words])

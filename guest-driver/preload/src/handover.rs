@@ -190,11 +190,12 @@ pub fn inherit() {
 
 // ---- executing ---------------------------------------------------------------------------------------------------------
 
-/// What a program is executed with.
+/// What a program is executed with. A child that borrows its parent's memory never gives back what is allocated here, so nothing
+/// is where there is nothing to inherit.
 struct Inheritance {
-    /// The new environment, and what of it is ours.
-    environment: Vec<*const c_char>,
-    _text: CString,
+    environment: List,
+    /// Where that is, and what of it is ours, if it is not the program's own.
+    _made: Option<(Vec<*const c_char>, CString)>,
     /// Connections that are counted for it.
     counted: Vec<&'static Conn>,
     /// Connections of which it has none although this process has.
@@ -274,17 +275,18 @@ impl Inheritance {
         for conn in &gone {
             conn.remove_ref();
         }
-        let [memory, bell] = arena::files();
-        let lives = all.iter().map(|(i, conn)| format!(" {i} {}", conn.life.load(Ordering::Relaxed)));
-        let text = format!("{ENVIRONMENT}={memory} {bell}{}", lives.collect::<String>());
-        let text = CString::new(text).unwrap_or_default();
-        let mut list = strings(environment);
-        if !all.is_empty() {
-            list.push(text.as_ptr());
+        let made = (!all.is_empty()).then(|| {
+            let [memory, bell] = arena::files();
+            let lives = all.iter().map(|(i, conn)| format!(" {i} {}", conn.life.load(Ordering::Relaxed)));
+            let text = format!("{ENVIRONMENT}={memory} {bell}{}", lives.collect::<String>());
+            let text = CString::new(text).unwrap_or_default();
+            let mut list = strings(environment);
+            list.extend([text.as_ptr(), std::ptr::null()]);
             set_inheritable(true);
-        }
-        list.push(std::ptr::null());
-        Inheritance { environment: list, _text: text, counted, gone }
+            (list, text)
+        });
+        let environment = made.as_ref().map_or(environment, |(list, _)| list.as_ptr());
+        Inheritance { environment, _made: made, counted, gone }
     }
 
     /// There is no such program.
@@ -377,7 +379,7 @@ fn find(name: *const c_char, search: bool) -> Option<PathBuf> {
 /// Executes a program by `call`, which is told the environment.
 fn exec(program: Option<PathBuf>, environment: List, call: impl FnOnce(List) -> c_int) -> c_int {
     let inheritance = errno::keep(|| Inheritance::new(program, environment, true));
-    let result = call(inheritance.environment.as_ptr());
+    let result = call(inheritance.environment);
     errno::keep(|| {
         inheritance.failed();
         set_inheritable(false);
@@ -477,7 +479,7 @@ unsafe fn spawn(
 ) -> c_int {
     let inheritance = errno::keep(|| Inheritance::new(find(path, search), environment, false));
     // SAFETY: the program's call.
-    let result = unsafe { call(pid, path, actions, attributes, args, inheritance.environment.as_ptr()) };
+    let result = unsafe { call(pid, path, actions, attributes, args, inheritance.environment) };
     if result != 0 {
         errno::keep(|| inheritance.failed());
     }

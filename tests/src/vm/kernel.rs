@@ -3,6 +3,7 @@
 use super::image::{found, provisioned};
 use super::{Vm, VmOptions};
 use crate::build::{build, profile};
+use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -70,6 +71,12 @@ pub fn set_up_smc(vm: &Vm) {
     vm.push(&fs::read(program).expect("the program was built"), "/usr/bin/dmbridge-guest-setup");
     vm.shell(&format!("modprobe smc; test -e /sys/module/dmbridge || insmod {MODULE} {}", parameters()));
     vm.output(&["dmbridge-guest-setup", "--module", MODULE]);
+}
+
+/// What `dmbridge-guest-setup` shows.
+pub fn shown(vm: &Vm) -> Value {
+    let text = vm.output(&["dmbridge-guest-setup", "--show", "--json"]);
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"))
 }
 
 /// A log without what Linux 7.3 says of its own hotplug driver when a device is unplugged, and of no other.

@@ -21,9 +21,13 @@ socket = "@/hub.sock"
 group = "default"
 "#;
 
-/// A daemon with a device for each of these names, and its configuration.
+/// A daemon with a device for each of these names, in that group, and a hub.
 pub fn daemon(devices: &[(&str, &str)]) -> TestDaemon {
-    let mut configuration = LIMITS.to_string();
+    daemon_with(LIMITS, devices)
+}
+
+fn daemon_with(limits: &str, devices: &[(&str, &str)]) -> TestDaemon {
+    let mut configuration = limits.to_string();
     for (name, group) in devices {
         write!(
             configuration,
@@ -57,6 +61,23 @@ impl VmPair {
         let daemon = daemon(&[("a", "default"), ("b", "default")]);
         let [a, b] = boot(&daemon, ["a", "b"]);
         VmPair { daemon, a, b }
+    }
+
+    /// Boots them with these options, by number and name, and a daemon whose limits are the usual ones.
+    pub fn boot_with(options: impl Fn(&TestDaemon, usize, &str) -> VmOptions) -> VmPair {
+        let daemon = daemon_with("", &[("a", "default"), ("b", "default")]);
+        let start = |number, name| {
+            let socket = daemon.path(&format!("{name}.sock"));
+            options(&daemon, number, name).device(&socket).start()
+        };
+        let (a, b) = (start(0, "a"), start(1, "b"));
+        [&a, &b].into_iter().for_each(Vm::wait_until_booted);
+        VmPair { daemon, a, b }
+    }
+
+    /// Bytes that the daemon has copied.
+    pub fn moved_bytes(&self) -> u64 {
+        self.daemon.report().devices.iter().map(|device| device.moved_bytes).sum()
     }
 
     /// A program in each guest that drives its device.

@@ -358,8 +358,11 @@ impl Conn {
             }
             let mut wait = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
             // SAFETY: one pollfd.
-            if unsafe { real::poll(&mut wait, 1, 100) } < 0 {
-                return Err(errno::get());
+            let ready = errno::outcome(unsafe { real::poll(&mut wait, 1, 100) } as isize);
+            if let Err(errno) = ready
+                && (errno != libc::EINTR || deadline.is_some() || !signal::restarts())
+            {
+                return Err(errno);
             }
         }
         Ok(())
