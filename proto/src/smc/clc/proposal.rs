@@ -218,7 +218,9 @@ impl Proposal {
                 reserved3: [0; 16],
             });
             out.put(&*v2.eids);
-            if let Some(smcd) = v2.smcd {
+            // Whoever does SMC-D has the area, even one that no offset leads to: so the length counts it.
+            if v2.modes.has_d() {
+                let smcd = v2.smcd.unwrap_or_default();
                 out.put(&SmcdV2Area { system_eid: smcd.system_eid.unwrap_or_default(), reserved: [0; 16] });
                 smcd.devices.iter().for_each(|device| out.put(&GidChidWire::from(*device)));
             }
@@ -392,5 +394,7 @@ mod tests {
         bytes[95] = 0;
         let Ok(Message::Proposal(proposal)) = Message::parse(&bytes) else { panic!("it parses") };
         assert_eq!(proposal.v2.unwrap().smcd, None);
+        let again = Message::Proposal(proposal).to_bytes();
+        assert_eq!(Message::parse(&again), Ok(Message::Proposal(proposal)));
     }
 }
