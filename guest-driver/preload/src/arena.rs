@@ -163,8 +163,8 @@ pub fn allocate() -> Option<(u32, &'static Conn)> {
     // Those that were used before first; a few tries only, so that it stays cheap.
     let old = (0..used.min(64)).map(|i| (hint + i) % used.max(1));
     let taken = old.into_iter().find(|&i| arena.conns[i as usize].take()).or_else(|| {
-        let i = arena.used.fetch_add(1, Ordering::AcqRel);
-        (i < CONNS && arena.conns[i as usize].take()).then_some(i)
+        let next = (used < CONNS).then(|| arena.used.fetch_add(1, Ordering::AcqRel))?;
+        (next < CONNS && arena.conns[next as usize].take()).then_some(next)
     })?;
     arena.hint.store(taken + 1, Ordering::Relaxed);
     DESCRIPTORS[taken as usize].store(0, Ordering::Relaxed);
