@@ -3,7 +3,7 @@
 
 use super::frame::{self, Frame, Kind};
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -11,6 +11,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// How long a guest may take nothing of what is written to it: one that is paused or hangs never does.
+const TAKING: Duration = Duration::from_secs(120);
 
 /// What a command did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +65,8 @@ enum Happened {
 impl Agent {
     /// Waits for agents at this end of the guest's port.
     pub fn new(port: UnixStream) -> Agent {
+        // The duration is not zero, and so cannot be refused.
+        let _ = port.set_write_timeout(Some(TAKING));
         let state = State { port, inner: Mutex::default(), changed: Condvar::new() };
         let agent = Agent(Arc::new(state));
         let reader = agent.clone();
@@ -127,8 +132,10 @@ impl Agent {
         if !inner.ready {
             return Err("there is no agent in the guest".into());
         }
-        Frame::write(kind, id, content, &mut &self.0.port)
-            .map_err(|error| format!("writing to the guest: {error}"))
+        Frame::write(kind, id, content, &mut &self.0.port).map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock => format!("the guest has taken nothing for {} s", TAKING.as_secs()),
+            _ => format!("writing to the guest: {error}"),
+        })
     }
 
     /// Reads what agents say, one agent after the other, until QEMU ends.
