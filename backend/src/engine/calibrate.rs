@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// All of it takes less than about this. Pairs of nodes for which no time is left are taken to be as others of their
-/// distance are.
-pub const BUDGET: Duration = Duration::from_millis(800);
+/// distance are; what is left of the first pair then is measured by a single copy each, because on a busy machine every hand-over
+/// to a worker may take as long as the scheduler lets somebody else run.
+const BUDGET: Duration = Duration::from_millis(800);
 /// Memory at each end, in bytes, of which copies use one part after the other, as in a stream of moves.
 const REGION: usize = 16 << 20;
 /// The most parts of it.
@@ -42,7 +43,7 @@ pub fn measure(topology: &Topology, engines: &mut [Named]) -> io::Result<Vec<Mea
     let mut all: Vec<Measured> = Vec::new();
     for (source, destination) in pairs(&nodes) {
         let measured = if all.is_empty() || Instant::now() < deadline {
-            measure_route(topology, engines, source, destination)?
+            measure_route(topology, engines, source, destination, deadline)?
         } else {
             like(topology, &all, source, destination)
         };
@@ -78,13 +79,20 @@ fn like(topology: &Topology, all: &[Measured], source: NodeId, destination: Node
     alike.unwrap_or(&all[..CLASSES]).iter().map(rename).collect()
 }
 
+/// Measures the first pair of nodes alone.
+pub fn measure_first(topology: &Topology, engines: &mut [Named]) -> io::Result<Vec<Measured>> {
+    let first = nodes(topology)[0];
+    measure_route(topology, engines, first, first, Instant::now() + BUDGET)
+}
+
 /// Measures one pair of nodes: from a thread at the source and from one at the destination, of which the mean counts,
 /// because a mover may be anywhere.
-pub fn measure_route(
+fn measure_route(
     topology: &Topology,
     engines: &mut [Named],
     source: NodeId,
     destination: NodeId,
+    deadline: Instant,
 ) -> io::Result<Vec<Measured>> {
     let memory = |node| {
         let policy = if topology.is_single() { Policy::FirstTouch } else { Policy::Prefer(node) };
@@ -120,7 +128,7 @@ pub fn measure_route(
                 }
                 let costs = |class| {
                     stop.fetch_or(class_bytes(class) > STEP, Ordering::Relaxed);
-                    costs(engines, &from, &to, class)
+                    costs(engines, &from, &to, class, deadline)
                 };
                 (0..CLASSES).map(costs).collect::<Vec<_>>()
             });
@@ -149,7 +157,7 @@ pub fn measure_route(
 }
 
 /// What each engine takes for a copy of this class, in nanoseconds.
-fn costs(engines: &mut [Named], from: &MemFile, to: &MemFile, class: usize) -> Vec<u64> {
+fn costs(engines: &mut [Named], from: &MemFile, to: &MemFile, class: usize, deadline: Instant) -> Vec<u64> {
     let len = class_bytes(class);
     let copies = (BYTES / len).clamp(1, MOST_COPIES);
     let slots = SLOTS.min(REGION / len);
@@ -160,9 +168,13 @@ fn costs(engines: &mut [Named], from: &MemFile, to: &MemFile, class: usize) -> V
     let count = if len > STEP { ROUNDS_OF_LONG } else { ROUNDS };
     let mut rounds = vec![Vec::with_capacity(count); engines.len()];
     let mut copy = 0;
-    for _ in 0..count {
+    for round in 0..count {
+        if round != 0 && Instant::now() > deadline {
+            break;
+        }
         for ((_, engine), rounds) in engines.iter_mut().zip(&mut rounds) {
             let start = Instant::now();
+            let copies = if start > deadline { 1 } else { copies };
             for _ in 0..copies {
                 for step in (0..len).step_by(STEP) {
                     // SAFETY: both files stay mapped until the engine is done; nobody else accesses them.
@@ -200,6 +212,8 @@ fn pin(cpus: &[u32]) {
 mod tests {
     use super::*;
     use crate::engine::cpu::CpuEngine;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
 
     #[test]
     fn every_row_is_measured_and_every_engine_in_it() {
@@ -215,6 +229,27 @@ mod tests {
             assert_eq!(row.costs.iter().map(|cost| cost.engine).collect::<Vec<_>>(), [Id::CPU, other]);
             assert!(row.costs.iter().all(|cost| cost.nanoseconds > 0));
         }
+    }
+
+    #[test]
+    fn without_time_left_each_is_measured_once() {
+        struct Counting(Arc<AtomicUsize>);
+        impl Engine for Counting {
+            unsafe fn submit(&mut self, runs: &[Run]) {
+                self.0.fetch_add(runs.len(), Ordering::Relaxed);
+            }
+            fn poll(&mut self) -> bool {
+                true
+            }
+        }
+        let count = Arc::new(AtomicUsize::new(0));
+        let topology = Topology::of_host();
+        let node = nodes(&topology)[0];
+        let mut engines: Vec<Named> = vec![(Id::CPU, Box::new(Counting(count.clone())))];
+        let rows = measure_route(&topology, &mut engines, node, node, Instant::now()).unwrap();
+        assert_eq!(rows.len(), CLASSES);
+        let steps: usize = (0..CLASSES).map(|class| class_bytes(class).div_ceil(STEP)).sum();
+        assert_eq!(count.load(Ordering::Relaxed), steps);
     }
 
     #[test]
