@@ -30,9 +30,9 @@ pub struct Args {
     #[arg(long, value_name = "FDNUM")]
     fd: Option<RawFd>,
 
-    /// Group of the devices of --socket-path and --fd; devices of other groups do not see them
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_GROUP)]
-    group: String,
+    /// Group of the devices of --socket-path and --fd; devices of other groups do not see them [default: default]
+    #[arg(long, value_name = "NAME")]
+    group: Option<String>,
 
     /// Give every connection to this socket a fresh device
     #[arg(long, value_name = "PATH")]
@@ -88,6 +88,12 @@ pub enum UsageError {
     /// A combination of file and flags.
     #[error(transparent)]
     Settings(#[from] SettingsError),
+    /// `--group` for none of the devices that it is for.
+    #[error(
+        "--group is for the devices of --socket-path and --fd, and there are none; groups of a hub's devices are in \
+         the configuration file ([[hub.rule]])"
+    )]
+    Group,
     /// `--fd` names something else.
     #[error("--fd {0}: {1}; pass the number of an open, connected UNIX stream socket")]
     Fd(RawFd, &'static str),
@@ -105,6 +111,10 @@ impl Args {
             Some(path) => config_file::read(path)?,
             None => config_file::defaults(),
         };
+        if self.group.is_some() && self.socket_path.is_empty() && self.fd.is_none() {
+            return Err(UsageError::Group);
+        }
+        let group = self.group.unwrap_or_else(|| DEFAULT_GROUP.into());
         settings.movers = self.movers.unwrap_or(settings.movers);
         settings.pool.max_bytes = self.pool_size.map_or(settings.pool.max_bytes, |size| size.0);
         settings.pool.huge_pages = self.huge_pages.map_or(settings.pool.huge_pages, |size| Some(size.0));
@@ -121,7 +131,7 @@ impl Args {
         let device = |name, endpoint| DeviceSettings {
             name,
             endpoint,
-            group: self.group.clone(),
+            group: group.clone(),
             gid: None,
             limits: Limits::default(),
             numa: NumaSettings::default(),
@@ -229,6 +239,11 @@ mod tests {
     #[test]
     fn nothing_to_serve_is_an_error() {
         assert!(settings(&[]).unwrap_err().starts_with("there is nothing to serve"));
+    }
+
+    #[test]
+    fn a_group_for_nobody_is_an_error() {
+        assert!(settings(&["--hub", "/h", "--group", "g"]).unwrap_err().contains("[[hub.rule]]"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use dmbridged::hub::{HubRule, HubSettings, Verdict};
 use dmbridged::placement::{NumaSettings, Placement};
 use dmbridged::settings::{
     DEFAULT_GROUP, DeviceSettings, Endpoint, Limits, PoolSettings, Settings, SettingsError, check_fabric_id,
-    check_group, check_system_eid,
+    check_group, check_movers, check_system_eid, check_workers,
 };
 use dmbridged::topology::{NodeId, Topology, list_text};
 use serde::Deserialize;
@@ -97,7 +97,7 @@ struct Fabric {
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 struct Daemon {
-    movers: Option<usize>,
+    movers: Option<Spanned<usize>>,
     control: Option<PathBuf>,
 }
 
@@ -186,11 +186,14 @@ fn parse(text: &str) -> Result<Settings, Wrong> {
     let file: File = toml::from_str(text).map_err(|error| syntax(text, &error))?;
     let mut settings = Settings {
         pool: file.pool.settings()?,
-        movers: file.daemon.movers.unwrap_or(1),
         control: file.daemon.control,
         engines: file.engines.settings()?,
         ..Settings::default()
     };
+    if let Some(movers) = file.daemon.movers {
+        check_movers(*movers.get_ref()).map_err(|e| Wrong::new(movers.span(), e))?;
+        settings.movers = movers.into_inner();
+    }
     if let Some(id) = file.fabric.id {
         check_fabric_id(*id.get_ref()).map_err(|e| Wrong::new(id.span(), e))?;
         settings.fabric_id = id.into_inner();
@@ -287,7 +290,10 @@ impl Pool {
 impl Engines {
     fn settings(self) -> Result<EngineSettings, Wrong> {
         let mut engines = defaults().engines;
-        engines.workers = self.workers.map(Spanned::into_inner);
+        if let Some(workers) = &self.workers {
+            check_workers(*workers.get_ref()).map_err(|e| Wrong::new(workers.span(), e))?;
+            engines.workers = Some(*workers.get_ref());
+        }
         engines.dsa = self.dsa;
         if let Some(path) = self.cache {
             engines.cache = Some(path).filter(|path| !path.as_os_str().is_empty());
@@ -516,7 +522,7 @@ mod tests {
             ("[pool\n", "line 1: unclosed table, expected `]`"),
             (
                 "[limits]\nwindow_size = \"2M\"\n",
-                "line 2: max_dmb_size = 536870912 is not possible; such a DMB needs a window_size of 1073741824",
+                "line 2: max_dmb_size = 512M is not possible; such a DMB needs a window_size of 1G",
             ),
         ] {
             assert_eq!(sentence(text), want, "{text:?}");

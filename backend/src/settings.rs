@@ -12,7 +12,7 @@ use dmbridge_proto::{GRANULE, MAX_QUEUE_SIZE};
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The fabric that devices are on unless told otherwise.
 pub const DEFAULT_FABRIC_ID: u16 = 0x0d3b;
@@ -156,8 +156,8 @@ pub enum SettingsError {
         /// What it may be.
         rule: String,
     },
-    /// Two devices with one name, socket or GID.
-    #[error("two devices have the {what} {value}; give each its own")]
+    /// Two devices with one name or GID, or two of whatever with one socket.
+    #[error("the {what} {value} is there twice; give each its own")]
     Twice {
         /// Of what there are two.
         what: &'static str,
@@ -198,6 +198,39 @@ fn range<T: PartialOrd + ToString + Copy>(
     Err(value(key, is, format!("choose {} to {}", least.to_string(), most.to_string())))
 }
 
+/// The same for a number of bytes.
+fn size_range(key: &'static str, is: u64, least: u64, most: u64) -> Result<(), SettingsError> {
+    if (least..=most).contains(&is) {
+        return Ok(());
+    }
+    Err(value(key, size_text(is), format!("choose {} to {}", size_text(least), size_text(most))))
+}
+
+/// A number of bytes as people write it: with the largest unit of which it is a multiple.
+fn size_text(bytes: u64) -> String {
+    let unit = if bytes == 0 { 0 } else { (bytes.trailing_zeros() / 10).min(4) };
+    format!("{}{}", bytes >> (10 * unit), ["", "K", "M", "G", "T"][unit as usize])
+}
+
+/// Where the kernel has what it knows of huge pages, in a folder for each size.
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
+
+/// Number of huge pages of this size, in bytes, that are set aside on this host; `None` if it has none of this size.
+pub(crate) fn reserved_huge_pages(size: u64) -> Option<u64> {
+    let path = format!("{HUGE_PAGES}/hugepages-{}kB/nr_hugepages", size >> 10);
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Sizes of huge pages that this host has, in bytes.
+fn huge_page_sizes() -> Vec<u64> {
+    let names = std::fs::read_dir(HUGE_PAGES).into_iter().flatten().flatten();
+    let size = |name: &str| name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<u64>().ok();
+    let mut sizes: Vec<_> =
+        names.filter_map(|name| size(name.file_name().to_str()?)).map(|kib| kib << 10).collect();
+    sizes.sort_unstable();
+    sizes
+}
+
 impl Settings {
     /// Checks everything that can be checked without opening anything.
     pub fn check(&self) -> Result<(), SettingsError> {
@@ -206,8 +239,8 @@ impl Settings {
         }
         check_fabric_id(self.fabric_id)?;
         check_system_eid(&self.system_eid)?;
-        range("movers", self.movers, 1, 64)?;
-        range("workers", self.engines.workers.unwrap_or(0), 0, 64)?;
+        check_movers(self.movers)?;
+        check_workers(self.engines.workers.unwrap_or(0))?;
         self.pool.check()?;
         let mut seen = HashSet::new();
         let mut once = |what: &'static str, value: String| match seen.insert((what, value.clone())) {
@@ -217,16 +250,19 @@ impl Settings {
         for device in &self.devices {
             device.limits.check()?;
             check_group(&device.group)?;
+            if device.name.is_empty() {
+                return Err(value("name", "\"\"", "give each device one"));
+            }
             once("name", device.name.clone())?;
             if let Endpoint::Path(path) = &device.endpoint {
-                once("socket", path.display().to_string())?;
+                once("socket", socket(path)?)?;
             }
             if let Some(gid) = device.gid {
                 once("GID", gid.to_string())?;
             }
         }
         for path in self.hub.iter().map(|hub| &hub.socket).chain(&self.control) {
-            once("socket", path.display().to_string())?;
+            once("socket", socket(path)?)?;
         }
         self.hub.as_ref().map_or(Ok(()), HubSettings::check)
     }
@@ -236,41 +272,65 @@ impl PoolSettings {
     /// Checks that extents can be made from it.
     pub fn check(&self) -> Result<(), SettingsError> {
         if let Some(size) = self.huge_pages
-            && (!size.is_power_of_two() || !(64 << 10..=16 << 30).contains(&size))
+            && reserved_huge_pages(size).is_none()
         {
-            return Err(value(
-                "huge_pages",
-                size,
-                "choose a page size of this host, such as 2 MiB or 1 GiB, or leave it out",
-            ));
+            let rule = match huge_page_sizes().as_slice() {
+                [] => "this host has no huge pages; leave it out".to_owned(),
+                sizes => {
+                    let sizes: Vec<_> = sizes.iter().map(|size| size_text(*size)).collect();
+                    format!(
+                        "this host has huge pages of {}; choose from these, or leave it out",
+                        sizes.join(", ")
+                    )
+                }
+            };
+            return Err(value("huge_pages", size_text(size), rule));
         }
-        range("max_bytes", self.max_bytes, 2 << 20, 1 << 47)
+        size_range("max_bytes", self.max_bytes, 2 << 20, 1 << 47)
     }
 }
 
 impl Limits {
     /// Checks each limit, and that the largest DMB fits into the window.
     pub fn check(&self) -> Result<(), SettingsError> {
-        range("window_size", self.window_size, 2 << 20, 1 << 43)?;
+        size_range("window_size", self.window_size, 2 << 20, 1 << 43)?;
         if !self.window_size.is_power_of_two() {
-            return Err(value("window_size", self.window_size, "choose a power of two"));
+            return Err(value("window_size", size_text(self.window_size), "choose a power of two"));
         }
-        range("max_dmb_size", self.max_dmb_size, GRANULE, 1 << 43)?;
+        size_range("max_dmb_size", self.max_dmb_size, GRANULE, 1 << 43)?;
         if !self.max_dmb_size.is_multiple_of(GRANULE) {
             return Err(value("max_dmb_size", self.max_dmb_size, "choose a multiple of 4096"));
         }
         let needed = Geometry::with_room_for(self.max_dmb_size).map_or(u64::MAX, Geometry::size);
         if needed > self.window_size {
-            let rule = format!("such a DMB needs a window_size of {needed}");
-            return Err(value("max_dmb_size", self.max_dmb_size, rule));
+            let rule = format!("such a DMB needs a window_size of {}", size_text(needed));
+            return Err(value("max_dmb_size", size_text(self.max_dmb_size), rule));
         }
-        range("max_dmb_bytes", self.max_dmb_bytes, self.max_dmb_size, 1 << 47)?;
+        size_range("max_dmb_bytes", self.max_dmb_bytes, self.max_dmb_size, 1 << 47)?;
         range("max_dmbs", self.max_dmbs, 1, 1 << 20)?;
         range("max_segments", self.max_segments, 1, u32::from(MAX_QUEUE_SIZE))?;
-        range("max_move_size", self.max_move_size, 1, 1 << 40)?;
+        size_range("max_move_size", self.max_move_size, 1, 1 << 40)?;
         range("max_mappings", self.max_mappings, 1, MAX_MAPPINGS)?;
         range("move_queues", self.move_queues, 1, 64)
     }
+}
+
+/// A number of threads that serve move queues.
+pub fn check_movers(number: usize) -> Result<(), SettingsError> {
+    range("movers", number, 1, 64)
+}
+
+/// A number of threads of a node that copy.
+pub fn check_workers(number: usize) -> Result<(), SettingsError> {
+    range("workers", number, 0, 64)
+}
+
+/// The path of a socket as text, if it is one.
+fn socket(path: &Path) -> Result<String, SettingsError> {
+    if path.as_os_str().is_empty() {
+        return Err(value("socket", "\"\"", "give the path at which to make it"));
+    }
+    Ok(path.display().to_string())
 }
 
 /// A fabric id that Linux takes for a real device's.
@@ -362,10 +422,10 @@ mod tests {
         };
         assert_eq!(
             error(|l| l.window_size = 3 << 20),
-            "window_size = 3145728 is not possible; choose a power of two"
+            "window_size = 3M is not possible; choose a power of two"
         );
         assert_eq!(error(|l| l.max_mappings = 500), "max_mappings = 500 is not possible; choose 1 to 480");
-        assert!(error(|l| l.max_dmb_size = 1 << 30).ends_with("needs a window_size of 2147483648"));
+        assert!(error(|l| l.max_dmb_size = 1 << 30).ends_with("needs a window_size of 2G"));
         assert!(error(|l| l.max_dmb_size = 4097).ends_with("choose a multiple of 4096"));
         assert!(error(|l| l.move_queues = 0).starts_with("move_queues = 0"));
     }
@@ -383,7 +443,7 @@ mod tests {
         let settings = Settings { devices: vec![device("a"), device("b")], ..Settings::default() };
         assert_eq!(
             settings.check().unwrap_err().to_string(),
-            "two devices have the socket /run/a.sock; give each its own"
+            "the socket /run/a.sock is there twice; give each its own"
         );
     }
 }

@@ -31,13 +31,26 @@ pub enum SocketError {
     #[error("{0}: a socket's path has at most 107 bytes; choose a shorter one")]
     TooLong(PathBuf),
     /// The operating system refused.
-    #[error("{path}: cannot make the socket: {error}")]
+    #[error("{path}: cannot make the socket: {error}{}", advice(error))]
     Io {
         /// Where.
         path: PathBuf,
         /// Why.
         error: io::Error,
     },
+}
+
+/// What to do about it, if that is known.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            "; make its folder first, or choose another path"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "; choose a folder that this user may write to"
+        }
+        _ => "",
+    }
 }
 
 impl Socket {
@@ -140,6 +153,8 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         let long = folder.path().join("x".repeat(108));
         assert!(matches!(Socket::bind(&long, 0o660), Err(SocketError::TooLong(_))));
+        let error = Socket::bind(&folder.path().join("none/s"), 0o660).unwrap_err();
+        assert!(error.to_string().ends_with("make its folder first, or choose another path"), "{error}");
     }
 
     #[test]

@@ -38,11 +38,12 @@ fn what_cannot_be_is_told_in_one_sentence_with_exit_code_2() {
         (&["--fd", "55"], "--fd 55: no such descriptor is open"),
         (&["--hub", "/x", "--pool-size", "many"], "\"many\" is not a size"),
         (&["--hub", "/x", "--movers", "0"], "movers = 0 is not possible; choose 1 to 64"),
-        (
-            &["--hub", "/x", "--window-size", "3M"],
-            "window_size = 3145728 is not possible; choose a power of two",
-        ),
-        (&["--socket-path", "/x", "--socket-path", "/x"], "two devices have the"),
+        (&["--hub", "/x", "--group", "g"], "--group is for the devices of --socket-path and --fd"),
+        (&["--hub", "/x", "--control", "/x"], "the socket /x is there twice"),
+        (&["--hub", "/x", "--huge-pages", "3M"], "huge_pages = 3M is not possible; this host has"),
+        (&["--hub", "/x", "--pool-size", "1"], "choose 2M to 128T"),
+        (&["--hub", "/x", "--window-size", "3M"], "window_size = 3M is not possible; choose a power of two"),
+        (&["--socket-path", "/x", "--socket-path", "/x"], "is there twice"),
     ] {
         let (code, out, err) = run(args);
         assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {err}");

@@ -12,7 +12,7 @@ use crate::fabric::Fabric;
 use crate::hub::DEFAULT_SOCKET_MODE;
 use crate::mover::Mover;
 use crate::report::Report;
-use crate::settings::{Endpoint, Settings, SettingsError};
+use crate::settings::{Endpoint, Settings, SettingsError, reserved_huge_pages};
 use crate::socket::{Socket, SocketError};
 use crate::topology::Topology;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -60,6 +60,13 @@ impl Daemon {
         crate::notify::prepare();
         settings.check()?;
         raise_descriptor_limit();
+        if let Some(size) = settings.pool.huge_pages.filter(|size| reserved_huge_pages(*size) == Some(0)) {
+            tracing::warn!(
+                "no huge pages of {} KiB are set aside, and until some are there are no DMBs: see \
+                 /proc/sys/vm/nr_hugepages",
+                size >> 10
+            );
+        }
         let hub = match settings.hub {
             Some(hub) => {
                 let socket = Socket::bind(&hub.socket, hub.mode)?;
