@@ -65,9 +65,7 @@ fn errno(error: &Error) -> c_int {
         return status as c_int;
     }
     match error {
-        Error::Connect { source, .. } | Error::Os { source, .. } => {
-            source.raw_os_error().unwrap_or(libc::EIO)
-        }
+        Error::Connect { error, .. } | Error::Os { error, .. } => error.raw_os_error().unwrap_or(libc::EIO),
         Error::PeerGone | Error::Disconnected | Error::Reset | Error::Protocol(_) => libc::ECONNRESET,
         Error::Closed => libc::EPIPE,
         Error::OutOfBounds(_) => libc::EINVAL,

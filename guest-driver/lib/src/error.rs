@@ -12,36 +12,36 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// Nobody listens at the path, or this user may not connect.
-    #[error("cannot connect to {path}: {source}; is dmbridged running, and may this user use its socket?")]
+    #[error("cannot connect to {path}: {error}; is dmbridged running, and may this user use its socket?")]
     Connect {
         /// The socket.
         path: PathBuf,
         /// The reason.
-        source: io::Error,
+        error: io::Error,
     },
     /// The vhost-user conversation failed.
-    #[error("vhost-user: {doing} failed: {source}")]
+    #[error("vhost-user: {doing} failed: {error}")]
     Vhost {
         /// What was being done.
         doing: &'static str,
         /// The reason.
-        source: vhost::Error,
+        error: vhost::Error,
     },
     /// The PCI device cannot be used.
-    #[error("PCI device {address}: {source}")]
+    #[error("PCI device {address}: {error}")]
     Pci {
         /// The device.
         address: PciAddress,
         /// The reason.
-        source: PciError,
+        error: PciError,
     },
     /// The character device cannot be used.
-    #[error("{path}: {source}; is the module dmbridge loaded, and is this user in the group of the file?")]
+    #[error("{path}: {error}; is the module dmbridge loaded, and is this user in the group of the file?")]
     File {
         /// Its file.
         path: PathBuf,
         /// The reason.
-        source: io::Error,
+        error: io::Error,
     },
     /// What listens there is not a dmbridge device, or one of another version.
     #[error(transparent)]
@@ -65,7 +65,7 @@ pub enum Error {
     Contract(&'static str),
     /// The device answered a command with what is no answer.
     #[error("the device broke its contract: {0}")]
-    Response(#[from] ResponseError),
+    Response(ResponseError),
     /// The peer's device was reset or left (`DEVICE_GONE`). What it wrote before can still be read.
     #[error("the peer's device is gone")]
     PeerGone,
@@ -99,12 +99,12 @@ pub enum Error {
     #[error(transparent)]
     OutOfBounds(#[from] OutOfBounds),
     /// The operating system refused something.
-    #[error("cannot {doing}: {source}")]
+    #[error("cannot {doing}: {error}")]
     Os {
         /// What was being done.
         doing: &'static str,
         /// The reason.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -120,11 +120,17 @@ pub struct OutOfBounds {
     pub size: usize,
 }
 
+impl From<ResponseError> for Error {
+    fn from(error: ResponseError) -> Error {
+        Error::Response(error)
+    }
+}
+
 impl From<Error> for io::Error {
     fn from(error: Error) -> io::Error {
         let kind = match &error {
-            Error::Os { source, .. } | Error::Connect { source, .. } | Error::File { source, .. } => {
-                source.kind()
+            Error::Os { error, .. } | Error::Connect { error, .. } | Error::File { error, .. } => {
+                error.kind()
             }
             Error::Closed => io::ErrorKind::BrokenPipe,
             Error::PeerGone | Error::Disconnected | Error::Protocol(_) | Error::Reset | Error::Peer(_) => {
@@ -140,12 +146,12 @@ impl From<Error> for io::Error {
 impl Error {
     /// For `map_err`: the operating system refused to do this.
     pub(crate) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
-        move |source| Error::Os { doing, source }
+        move |error| Error::Os { doing, error }
     }
 
     /// For `map_err`: nix's error instead of the standard library's.
     pub(crate) fn errno(doing: &'static str) -> impl FnOnce(nix::Error) -> Error {
-        move |errno| Error::Os { doing, source: errno.into() }
+        move |errno| Error::Os { doing, error: errno.into() }
     }
 
     /// The device's answer, if it was one.

@@ -106,7 +106,7 @@ impl Ram {
 }
 
 fn no_memory() -> Error {
-    Error::Os { doing: "allocate memory", source: nix::Error::ENOMEM.into() }
+    Error::Os { doing: "allocate memory", error: nix::Error::ENOMEM.into() }
 }
 
 impl Region {

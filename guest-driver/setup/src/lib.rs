@@ -59,12 +59,12 @@ pub enum Error {
     )]
     NoDevice,
     /// The kernel refused.
-    #[error("{doing}: {source}")]
+    #[error("{doing}: {error}")]
     System {
         /// What was tried.
         doing: String,
         /// Its reason.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// SMC is not there.
     #[error("AF_SMC is not in this kernel, or smc.ko is not loaded; `dmbridge guest-setup` loads it")]
@@ -80,7 +80,7 @@ fn advice(module: &str) -> &'static str {
 
 impl Error {
     fn system(doing: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
-        move |source| Error::System { doing: doing.into(), source }
+        move |error| Error::System { doing: doing.into(), error }
     }
 }
 

@@ -21,27 +21,25 @@ const LINK: &str = "link";
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel refused.
-    #[error("{doing}: {source}{}", advice(source))]
+    #[error("{doing}: {error}{}", advice(error))]
     System {
         /// What was tried.
         doing: &'static str,
         /// Its reason.
-        source: io::Error,
+        error: io::Error,
     },
     /// The kernel's verifier refused the program.
-    #[error(
-        "this kernel does not take the eBPF program, which is for Linux 5.10 and later ({source}): {log}"
-    )]
+    #[error("this kernel does not take the eBPF program, which is for Linux 5.10 and later ({error}): {log}")]
     Program {
         /// Its reason.
-        source: io::Error,
+        error: io::Error,
         /// In its words.
         log: String,
     },
 }
 
-fn advice(source: &io::Error) -> &'static str {
-    match source.raw_os_error() {
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => "; this takes root, and a kernel that is not locked down",
         Some(libc::ENOSYS | libc::EINVAL) => {
             "; it takes Linux 5.10 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"
@@ -52,7 +50,7 @@ fn advice(source: &io::Error) -> &'static str {
 
 impl Error {
     fn system(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
-        move |source| Error::System { doing, source }
+        move |error| Error::System { doing, error }
     }
 }
 
@@ -75,7 +73,7 @@ pub fn install() -> Result<(), Error> {
     remove()?;
     let map = bpf::make_map().map_err(Error::system("making the map of sockets"))?;
     let program = program::program(map.as_fd());
-    let program = bpf::load(&program).map_err(|(source, log)| Error::Program { source, log })?;
+    let program = bpf::load(&program).map_err(|(error, log)| Error::Program { error, log })?;
     let group = all_sockets().map_err(Error::system("finding the root of all control groups"))?;
     let link = bpf::attach(program.as_fd(), group.as_fd()).map_err(Error::system("attaching the program"))?;
     let folder = Path::new(FOLDER);

@@ -103,7 +103,7 @@ pub(crate) struct Chardev {
 impl Chardev {
     /// Opens one.
     pub(crate) fn open(path: &Path) -> Result<Chardev, Error> {
-        let failed = |source| Error::File { path: path.into(), source };
+        let failed = |error| Error::File { path: path.into(), error };
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
         let file = options.open(path).map_err(failed)?;

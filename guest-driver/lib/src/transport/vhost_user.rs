@@ -86,7 +86,7 @@ impl VhostUserFrontendReqHandler for Mapper {
 }
 
 fn vhost(doing: &'static str) -> impl FnOnce(vhost::Error) -> Error {
-    move |source| Error::Vhost { doing, source }
+    move |error| Error::Vhost { doing, error }
 }
 
 impl VhostUser {
@@ -96,7 +96,7 @@ impl VhostUser {
             let socket = UnixStream::connect(path)?;
             Ok((socket.try_clone()?, socket))
         };
-        let (socket, stream) = connect().map_err(|source| Error::Connect { path: path.into(), source })?;
+        let (socket, stream) = connect().map_err(|error| Error::Connect { path: path.into(), error })?;
         // The number of queues is the daemon's to say.
         let mut frontend = Frontend::from_stream(stream, u64::from(u16::MAX));
         frontend.set_owner().map_err(vhost("SET_OWNER"))?;

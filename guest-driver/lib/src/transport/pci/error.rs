@@ -65,22 +65,22 @@ pub enum PciError {
     )]
     NoMemory(usize, io::Error),
     /// The operating system refused something else.
-    #[error("cannot {doing}: {source}")]
+    #[error("cannot {doing}: {error}")]
     Os {
         /// What was being done.
         doing: &'static str,
         /// The reason.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
 impl PciError {
     /// For `map_err`: the operating system refused to do this.
     pub(super) fn os(doing: &'static str) -> impl Fn(io::Error) -> PciError {
-        move |source| match source.raw_os_error() {
+        move |error| match error.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) if locked_down() => PciError::LockedDown,
             Some(libc::EPERM | libc::EACCES) => PciError::Permission(doing),
-            _ => PciError::Os { doing, source },
+            _ => PciError::Os { doing, error },
         }
     }
 }

@@ -56,7 +56,7 @@ pub(crate) struct Pci {
 impl Pci {
     /// Takes the device from the kernel, if it is one of ours and nobody uses it. Without `map`, its window is left alone.
     pub(crate) fn open(address: PciAddress, map: bool) -> Result<Pci, Error> {
-        Pci::take(address, map).map_err(|source| Error::Pci { address, source })
+        Pci::take(address, map).map_err(|error| Error::Pci { address, error })
     }
 
     fn take(address: PciAddress, map: bool) -> Result<Pci, PciError> {
@@ -109,8 +109,8 @@ impl Pci {
         })
     }
 
-    fn error(&self, source: PciError) -> Error {
-        Error::Pci { address: self.address, source }
+    fn error(&self, error: PciError) -> Error {
+        Error::Pci { address: self.address, error }
     }
 
     /// Cuts the program's memory off from the device's.
