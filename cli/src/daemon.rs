@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::control;
 use crate::process::{BoundChild, find_program};
-use crate::scratch::Scratch;
+use crate::scratch::{self, Scratch};
 
 /// How long it may take to start.
 const START: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ impl Daemon {
                 "[[device]]\nname = \"{engine}\"\nsocket = {socket:?}\ngroup = \"{group}\"\nengine = \"{engine}\"\n"
             )
         };
-        std::fs::write(&config, engines.iter().map(device).collect::<String>())?;
+        scratch::write(&config, engines.iter().map(device).collect::<String>())?;
         Daemon::launch(scratch, vec![format!("--config={}", config.display())])
     }
 
@@ -54,6 +54,9 @@ impl Daemon {
         })?;
         let hub = scratch.file("hub.sock");
         let control = scratch.file("control.sock");
+        if control.as_os_str().len() > 107 {
+            bail!("{} is too long a path for a socket; name a shorter folder in TMPDIR", control.display());
+        }
         let mut command = Command::new(&program);
         command.arg("--hub").arg(&hub).arg("--control").arg(&control).args(["--log", "error"]);
         command.args(flags);

@@ -38,8 +38,8 @@ struct Running {
     role: Role,
     output: ChildStdout,
     text: Vec<u8>,
-    /// Ends the process when this is dropped.
-    _child: BoundChild,
+    /// Ends when this is dropped.
+    child: BoundChild,
 }
 
 impl Running {
@@ -49,7 +49,7 @@ impl Running {
         command.args([worker, name, job]).stdin(Stdio::from(end)).stdout(Stdio::piped());
         let mut child = BoundChild::spawn(&mut command)?;
         let output = child.get_mut().stdout.take().context("a piped output is missing")?;
-        Ok(Running { role, output, text: Vec::new(), _child: child })
+        Ok(Running { role, output, text: Vec::new(), child })
     }
 
     /// Reads what is there; false at its end.
@@ -69,7 +69,7 @@ impl Running {
 }
 
 /// Runs the hidden subcommand `worker` in two processes and hands each line that they say to `hear`, until both have
-/// ended. An error of `hear`, or silence for longer than `patience`, ends both.
+/// ended. An error of `hear`, a process that fails, or silence for longer than `patience`, ends both.
 pub fn run(
     worker: &str,
     job: &str,
@@ -105,7 +105,12 @@ pub fn run(
                 hear(process.role, &line)?;
             }
             if !goes_on {
-                running.remove(index);
+                let mut ended = running.remove(index);
+                let status = ended.child.get_mut().wait()?;
+                // The other one may wait for it for ever.
+                if !status.success() {
+                    bail!("process {:?} of the two ended too early ({status})", ended.role);
+                }
             }
         }
     }

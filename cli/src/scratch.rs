@@ -6,6 +6,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
+/// Writes a file; the error names it.
+pub fn write(file: &Path, text: impl AsRef<[u8]>) -> Result<()> {
+    std::fs::write(file, text).with_context(|| format!("{} cannot be written", file.display()))
+}
+
 /// The folder. The signals that end a run are taken by a thread of its own from its creation on, so it has to be made
 /// before any other thread.
 pub struct Scratch {

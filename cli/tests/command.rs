@@ -107,6 +107,8 @@ fn the_topology_shows_the_host_and_a_daemon_in_it() {
 fn a_result_that_cannot_be_written_is_refused_before_anything_is_measured() {
     refuses(&["bench", "--json", "/nowhere/x.json"], 2, "/nowhere/x.json cannot be written");
     refuses(&["bench", "--html", "/"], 2, "/ cannot be written");
+    refuses(&["bench", "--apps", "--json", "/"], 2, "/ cannot be written");
+    refuses(&["bench", "--json", "-", "--html", "-"], 2, "both name -");
 }
 
 #[test]

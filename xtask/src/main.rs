@@ -46,6 +46,9 @@ enum Task {
     Lint,
 }
 
+/// The exit code of a program that was asked for something that cannot be.
+const USAGE: i32 = 2;
+
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().task {
         Task::Demo { args } => build_release(&[]).and_then(|binaries| dmbridge(&binaries, "demo", &args)),
@@ -58,7 +61,9 @@ fn main() -> std::process::ExitCode {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("cargo xtask: {error:#}");
-            std::process::ExitCode::FAILURE
+            let code = error.downcast_ref::<run::Failed>().and_then(|failed| failed.status.code());
+            // What `dmbridge` cannot be asked for, we cannot be asked for.
+            if code == Some(USAGE) { (USAGE as u8).into() } else { std::process::ExitCode::FAILURE }
         }
     }
 }

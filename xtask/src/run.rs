@@ -1,9 +1,26 @@
 //! Running programs step by step, so that who watches knows what is going on.
 
 use anyhow::{Context, Result, bail};
+use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
+
+/// A step whose program failed.
+#[derive(Debug)]
+pub struct Failed {
+    step: String,
+    /// How it ended.
+    pub status: ExitStatus,
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: failed ({}); what it printed above says why", self.step, self.status)
+    }
+}
+
+impl std::error::Error for Failed {}
 
 /// Something that is done, with a name for people.
 pub struct Step {
@@ -24,7 +41,7 @@ impl Step {
             .status()
             .with_context(|| format!("{}: could not start {:?}", self.name, command.get_program()))?;
         if !status.success() {
-            bail!("{}: failed ({status}); what it printed above says why", self.name);
+            return Err(Failed { step: self.name, status }.into());
         }
         eprintln!("    {} s", start.elapsed().as_secs());
         Ok(())

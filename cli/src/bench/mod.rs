@@ -31,7 +31,7 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -39,7 +39,7 @@ use std::time::Duration;
 use self::case::patterns;
 use crate::daemon::{self, Daemon};
 use crate::process::find_program;
-use crate::scratch::Scratch;
+use crate::scratch::{self, Scratch};
 use crate::usage::usage;
 use machine::Machine;
 use measure::Outcome;
@@ -67,7 +67,8 @@ pub struct Args {
     /// Write the results as JSON ("-": to standard output, in place of the table)
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the results as one self-contained page with plots; without --vms, measures the sweep over sizes too
+    /// Write the results as one self-contained page with plots ("-": as for --json); without --vms, measures the sweep over
+    /// sizes too
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     /// Measure only these cases (repeat, or separate by commas)
@@ -105,11 +106,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut run = Run { machine: Machine::look()?, results: Vec::new() };
     let lines = plan::lines(&cases, &transports, run.machine.cpus);
     refuse_nonsense(&args, &lines)?;
-    // Before minutes are spent on results that then have nowhere to go.
-    for file in args.json.iter().chain(&args.html).filter(|file| *file != Path::new("-")) {
-        let opened = File::options().create(true).write(true).truncate(false).open(file);
-        opened.map_err(|error| usage(format!("{} cannot be written: {error}", file.display())))?;
-    }
+    args.check_files()?;
 
     // It may take minutes, and whoever interrupts it ends it too: the folder's signals are not taken yet.
     let parts = args.vms.then(|| Parts::find(&transports)).transpose()?;
@@ -135,18 +132,42 @@ pub fn run(args: Args) -> Result<()> {
     show(&args, &run)
 }
 
-/// Shows the results as they were asked for.
+/// Stands for standard output where a file is asked for.
+const STDOUT: &str = "-";
+
+/// Shows the results as they were asked for. The table first: what it took minutes to find out is not lost with a full disk.
 fn show(args: &Args, run: &Run) -> Result<()> {
-    if let Some(file) = &args.json {
-        json::write(run, file)?;
-    }
-    if let Some(file) = &args.html {
-        html::write(run, file)?;
-    }
-    if args.json.as_deref() != Some(Path::new("-")) {
+    if !args.files().any(|file| file == Path::new(STDOUT)) {
         print!("{}", table::text(run));
     }
-    Ok(())
+    let write = |file: &Path, text: String| match file == Path::new(STDOUT) {
+        true => std::io::stdout().write_all(text.as_bytes()).context("standard output cannot be written"),
+        false => scratch::write(file, text),
+    };
+    let json = args.json.as_ref().map_or(Ok(()), |file| write(file, json::text(run)?));
+    let html = args.html.as_ref().map_or(Ok(()), |file| write(file, html::page(run)?));
+    json.and(html)
+}
+
+impl Args {
+    /// Where results are written.
+    fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.json.iter().chain(&self.html)
+    }
+
+    /// Refuses files that cannot be written, before minutes are spent on results that then have nowhere to go.
+    fn check_files(&self) -> Result<()> {
+        if let (Some(json), Some(html)) = (&self.json, &self.html)
+            && json == html
+        {
+            return Err(usage(format!("--json and --html both name {}; give each its own", json.display())));
+        }
+        for file in self.files().filter(|file| *file != Path::new(STDOUT)) {
+            let opened = File::options().create(true).write(true).truncate(false).open(file);
+            opened.map_err(|error| usage(format!("{} cannot be written: {error}", file.display())))?;
+        }
+        Ok(())
+    }
 }
 
 /// Measures programs as they are.
@@ -154,6 +175,7 @@ fn run_apps(args: &Args) -> Result<()> {
     if let Some(case) = args.cases.iter().find(|case| !case.is_app()) {
         return Err(usage(format!("{} is not about programs; measure it without --apps", case.name())));
     }
+    args.check_files()?;
     let mut run = Run { machine: Machine::look()?, results: Vec::new() };
     let cases = apps::choose(&args.cases)?;
     let scratch = Scratch::new(transport::remove_leftovers)?;

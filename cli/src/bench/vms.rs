@@ -21,7 +21,7 @@ use crate::daemon::Daemon;
 use crate::pair::Role;
 use crate::process::BoundChild;
 use crate::rendezvous::RELAY;
-use crate::scratch::Scratch;
+use crate::scratch::{self, Scratch};
 
 /// Name of the hidden subcommand that a guest's first process starts.
 pub const AGENT: &str = "guest-agent";
@@ -291,7 +291,7 @@ fn listen(mut running: Running, patience: Duration, tell: impl Fn(Heard) -> bool
 /// Files for the guests: this program as both agent and worker.
 fn program(scratch: &Scratch) -> Result<Vec<(PathBuf, &'static str)>> {
     let agent = scratch.file("agent");
-    std::fs::write(&agent, format!("#!/bin/sh\nexec dmbridge {AGENT}\n"))?;
+    scratch::write(&agent, format!("#!/bin/sh\nexec dmbridge {AGENT}\n"))?;
     std::fs::set_permissions(&agent, Permissions::from_mode(0o755))?;
     let program = std::env::current_exe().context("this program cannot find its own file")?;
     Ok(vec![(program, "/usr/bin/dmbridge"), (agent, "/usr/bin/dmbridge-guest-agent")])

@@ -58,7 +58,7 @@ impl Content {
 
 impl fmt::Display for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.1} MiB from {}", self.bytes as f64 / f64::from(1 << 20), self.from)
+        write!(f, "{} from {}", crate::report::bytes(self.bytes), self.from)
     }
 }
 

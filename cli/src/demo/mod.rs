@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use crate::daemon::Daemon;
 use crate::pair::{self, Role};
+use crate::report;
 use crate::scratch::Scratch;
 use crate::usage::usage;
 use content::Content;
@@ -127,8 +128,8 @@ fn line(way: &str, crossed: &Crossed) -> String {
     let rate = |seconds: f64| crossed.bytes as f64 / 1e9 / seconds.max(1e-9);
     let verdict = if crossed.verified { "verified" } else { "NOT WHAT WAS SENT" };
     format!(
-        "  {way:<5} {:>6.1} MiB in {:.3} s: {:.2} GB/s ({:.2} GB/s)   {verdict}, SHA-256 {}…",
-        crossed.bytes as f64 / f64::from(1 << 20),
+        "  {way:<5} {:>9} in {:.3} s: {:.2} GB/s ({:.2} GB/s)   {verdict}, SHA-256 {}…",
+        report::bytes(crossed.bytes),
         crossed.seconds,
         rate(crossed.seconds),
         rate(crossed.seconds_in_all),

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::app::{App, free_port, program_path};
 use super::idle;
 use crate::bench::plan::{Case, Transport, Unit};
+use crate::scratch;
 
 /// The cases, in the order of the results.
 pub const CASES: [Case; 16] = [
@@ -180,7 +181,7 @@ impl App<'_> {
     fn nginx(&self, bytes: usize, scheme: &str, args: &[&str]) -> Result<Figure> {
         let port = free_port()?;
         let folder = self.folder.to_string_lossy();
-        std::fs::write(self.folder.join("file"), "x".repeat(bytes))?;
+        scratch::write(&self.folder.join("file"), "x".repeat(bytes))?;
         // Its workers keep this user, who may use the hub.
         let user = if nix::unistd::geteuid().is_root() { "user root;" } else { "" };
         let tls = if scheme == "https" { self.certificate()? } else { String::new() };
@@ -191,7 +192,7 @@ impl App<'_> {
              keepalive_requests 1000000000; server {{ listen 127.0.0.1:{port}{ssl}; {tls} root {folder}; }} }}"
         );
         let file = self.folder.join("nginx.conf");
-        std::fs::write(&file, configuration)?;
+        scratch::write(&file, configuration)?;
         let server = self.serve("nginx", &["-c", &file.to_string_lossy()], port)?;
         let rate = self.wrk(&format!("{scheme}://127.0.0.1:{port}/file"), args)?;
         server.stop()?;
@@ -274,7 +275,7 @@ impl App<'_> {
     fn python(&self) -> Result<Figure> {
         let port = free_port()?;
         let folder = self.folder.to_string_lossy();
-        std::fs::write(self.folder.join("file"), "x".repeat(SMALL))?;
+        scratch::write(&self.folder.join("file"), "x".repeat(SMALL))?;
         let args = ["-m", "http.server", &port.to_string(), "-b", "127.0.0.1", "-d", &folder];
         let server = self.serve("python3", &args, port)?;
         let rate = self.wrk(&format!("http://127.0.0.1:{port}/file"), &["-c", "1"])?;

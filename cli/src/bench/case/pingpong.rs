@@ -77,10 +77,11 @@ fn ask<D: Duplex>(
         end.send(message).and_then(|()| end.receive(message))
     };
 
-    // Warm up, and learn how many round trips fit in the rest.
+    // Warm up, and learn how many round trips fit in the rest. Here and below at least one is made: on a busy machine all of
+    // the time may be gone between two looks at the clock.
     let start = Instant::now();
     let mut warm = 0u32;
-    while start.elapsed() < duration / 5 {
+    while warm == 0 || start.elapsed() < duration / 5 {
         for _ in 0..1 + warm / 8 {
             round_trip(end)?;
             warm += 1;
@@ -92,11 +93,11 @@ fn ask<D: Duplex>(
     let mut means = Vec::with_capacity(BATCHES);
     let all = Instant::now();
     // It ends early if something else has got the CPUs since: two that poll may then take a thousand times as long.
-    while means.len() < BATCHES && all.elapsed() < duration {
+    while means.is_empty() || means.len() < BATCHES && all.elapsed() < duration {
         silent.set(0);
         let start = Instant::now();
         let mut done = 0;
-        while done < count as u64 && all.elapsed() < duration {
+        while done == 0 || done < count as u64 && all.elapsed() < duration {
             let piece = BETWEEN_CLOCKS.min(count as u64 - done);
             for _ in 0..piece {
                 round_trip(end)?;

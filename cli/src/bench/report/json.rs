@@ -1,9 +1,7 @@
 //! The results for programs. This form is an interface: it only grows.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
-use std::io::Write;
-use std::path::Path;
 
 use super::Run;
 use crate::bench::machine::Machine;
@@ -27,8 +25,8 @@ struct Entry<'a> {
     rounds: usize,
 }
 
-/// Writes the results to a file, or to standard output for `-`.
-pub fn write(run: &Run, file: &Path) -> Result<()> {
+/// The results.
+pub fn text(run: &Run) -> Result<String> {
     let results = run.results.iter().map(|r| Entry {
         case: &r.case,
         transport: r.transport.name(),
@@ -43,8 +41,5 @@ pub fn write(run: &Run, file: &Path) -> Result<()> {
     let mut text =
         serde_json::to_string_pretty(&Document { machine: &run.machine, results: results.collect() })?;
     text.push('\n');
-    if file == Path::new("-") {
-        return std::io::stdout().write_all(text.as_bytes()).context("standard output cannot be written");
-    }
-    std::fs::write(file, text).with_context(|| format!("{} cannot be written", file.display()))
+    Ok(text)
 }

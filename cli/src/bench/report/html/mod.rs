@@ -4,19 +4,13 @@ mod bars;
 mod curves;
 mod draw;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::fmt::Write;
-use std::path::Path;
 
 use super::table::{self, verdicts};
 use super::{Measured, Run};
 use crate::bench::plan::Case;
 use curves::{Chart, Curve, Tick};
-
-/// Writes the page.
-pub fn write(run: &Run, file: &Path) -> Result<()> {
-    std::fs::write(file, page(run)?).with_context(|| format!("{} cannot be written", file.display()))
-}
 
 /// What a case is called, and what is measured in it.
 const CASES: [(Case, &str, &str); 17] = [
@@ -85,7 +79,8 @@ const CASES: [(Case, &str, &str); 17] = [
     ),
 ];
 
-fn page(run: &Run) -> Result<String> {
+/// The page.
+pub fn page(run: &Run) -> Result<String> {
     let mut out = String::new();
     let machine = &run.machine;
     let between = match &machine.guests {
