@@ -8,6 +8,12 @@
  *
  * A meeting is what a file waits for with a key (RENDEZVOUS). The device knows it by
  * its number here, so that each file's tags are its own.
+ *
+ * A will is a move that is made when its file is closed. It is no more than the file
+ * could have made before, and the last thing that it does.
+ *
+ * Nothing of a program's memory is touched while the device is held (enter()): who
+ * takes the device away would wait for the program.
  */
 #include <linux/idr.h>
 #include <linux/miscdevice.h>
@@ -26,15 +32,28 @@
 /* The files' address range, and the most slots in it. */
 #define RANGE		(1ULL << 43)
 #define MAX_SLOTS	8192
-/* Events of a file that wait to be read, but for signals, of which each DMB has one. */
-#define MAX_EVENTS	1024
-/* A move's data is copied by so much at a time. */
-#define BOUNCE		SZ_256K
+/*
+ * Events of a file that wait to be read, but for signals, of which each DMB has one. What
+ * programs tell each other leaves room for what the device tells.
+ */
+#define MAX_TOLD	1024
+#define MAX_EVENTS	(16 * MAX_TOLD)
+/* Tokens that are moved to and not attached, of a file: the oldest is forgotten. */
+#define MAX_CLAIMS	8192
 #define MAX_PIECES	1024
+
+/*
+ * What a program does in a DMB that is over is not to come back to it from another place:
+ * what it reads is one page, the control line where it says that it sleeps another, and
+ * what it writes for others a third.
+ */
+enum { NOTHING_OWNED, NOTHING_OWNED_LINE, NOTHING_ATTACHED, NUM_NOTHING };
 
 struct slot {
 	struct dmbridge_file *file;
 	struct list_head list;
+	/* By its token, as soon as it has one. */
+	struct hlist_node node;
 	int id;
 	u64 token;
 	u64 peer;
@@ -45,6 +64,7 @@ struct slot {
 	unsigned long line_pfn;
 	unsigned long pfn;
 	/* One that this file owns, else it is attached. */
+	bool owned;
 	struct dmbridge_dmb *dmb;
 	u32 index;
 	/* Mapping it is over. */
@@ -56,6 +76,8 @@ struct slot {
 /* Who moves to a token. */
 struct claim {
 	struct hlist_node node;
+	/* The one that was used last is the last. */
+	struct list_head list;
 	struct dmbridge_file *file;
 	u64 token;
 };
@@ -81,8 +103,13 @@ struct dmbridge_file {
 	struct list_head list;
 	struct address_space *mapping;
 	struct list_head slots;
+	struct list_head claims;
+	unsigned int num_claims;
 	struct list_head meetings;
 	unsigned int num_meetings;
+	/* By number. */
+	struct idr wills;
+	unsigned int num_wills;
 	/* Events: taken with interrupts off. */
 	spinlock_t lock;
 	struct list_head signalled;
@@ -92,7 +119,7 @@ struct dmbridge_file {
 	struct mutex bounce_mutex;
 	void *bounce;
 	/* What is seen in mappings that are over. */
-	struct page *nothing;
+	struct page *nothing[NUM_NOTHING];
 };
 
 struct dmbridge_chardev {
@@ -105,14 +132,17 @@ struct dmbridge_chardev {
 	struct dmbridge *dev;
 	/* There is nothing to wait for any more. */
 	bool dead;
-	/* Slots, meetings, claims, files and what hangs on them. */
+	/* Slots, meetings, claims, wills, files and what hangs on them. */
 	struct mutex mutex;
 	struct idr slots;
+	DECLARE_HASHTABLE(tokens, 8);
 	struct idr meetings;
 	struct list_head files;
 	DECLARE_HASHTABLE(claims, 8);
 	u64 stride;
 	u32 max_slots;
+	/* A move's data at a time. */
+	size_t most_moved;
 };
 
 static DEFINE_IDA(numbers);
@@ -126,17 +156,33 @@ static void release_chardev(struct kref *kref)
 	kfree(chardev);
 }
 
+/* The device, which stays until leave(); or NULL. */
+static struct dmbridge *enter(struct dmbridge_chardev *chardev)
+{
+	down_read(&chardev->alive);
+	if (chardev->dev && !dmbridge_is_broken(chardev->dev))
+		return chardev->dev;
+	up_read(&chardev->alive);
+	return NULL;
+}
+
+static void leave(struct dmbridge_chardev *chardev)
+{
+	up_read(&chardev->alive);
+}
+
 /* --- events ----------------------------------------------------------------- */
 
 static void tell(struct dmbridge_file *file, const struct dmbridge_event *event)
 {
+	bool is_told = event->type == cpu_to_le16(DMBRIDGE_EVENT_SOFTWARE);
 	struct waiting_event *waiting = kmalloc(sizeof(*waiting), GFP_KERNEL);
 
 	if (!waiting)
 		return;
 	waiting->event = *event;
 	spin_lock_irq(&file->lock);
-	if (file->num_events < MAX_EVENTS) {
+	if (file->num_events < (is_told ? MAX_TOLD : MAX_EVENTS)) {
 		file->num_events++;
 		list_add_tail(&waiting->list, &file->events);
 		waiting = NULL;
@@ -166,10 +212,9 @@ static void signalled(struct dmbridge_dmb *dmb, u64 mask)
 static struct slot *find_slot(struct dmbridge_chardev *chardev, u64 token, bool owned)
 {
 	struct slot *slot;
-	int id;
 
-	idr_for_each_entry(&chardev->slots, slot, id)
-		if (slot->token == token && !slot->dmb == !owned)
+	hash_for_each_possible(chardev->tokens, slot, node, token)
+		if (slot->token == token && slot->owned == owned)
 			return slot;
 	return NULL;
 }
@@ -317,7 +362,7 @@ static u64 place_of(const struct slot *slot)
 	return slot->id * slot->file->chardev->stride;
 }
 
-/* Under the mutex. */
+/* A slot that cannot be mapped until it is filled. Under the mutex. */
 static int add_slot(struct dmbridge_file *file, struct slot *slot)
 {
 	struct dmbridge_chardev *chardev = file->chardev;
@@ -327,8 +372,24 @@ static int add_slot(struct dmbridge_file *file, struct slot *slot)
 		return -ENOSPC;
 	slot->id = id;
 	slot->file = file;
+	slot->ended = true;
 	list_add_tail(&slot->list, &file->slots);
 	return 0;
+}
+
+/* Under the mutex. */
+static void name_slot(struct slot *slot, u64 token)
+{
+	slot->token = token;
+	hash_add(slot->file->chardev->tokens, &slot->node, token);
+}
+
+/* Under the mutex. */
+static void remove_slot(struct slot *slot)
+{
+	list_del(&slot->list);
+	hash_del(&slot->node);
+	idr_remove(&slot->file->chardev->slots, slot->id);
 }
 
 /* Nobody can reach it any more by a mapping. Under the mutex. */
@@ -338,16 +399,16 @@ static void end_mapping(struct slot *slot)
 	unmap_mapping_range(slot->file->mapping, place_of(slot), slot->size + PAGE_SIZE, 1);
 }
 
-/* Under the mutex, which is let go for a while. */
+/*
+ * Has the device end what was removed, and frees it. Without the mutex, for which page
+ * faults wait, because a command may take long.
+ */
 static void end_slot(struct dmbridge *dev, struct slot *slot)
 {
 	struct dmbridge_file *file = slot->file;
 	__le64 token = cpu_to_le64(slot->token);
 
-	end_mapping(slot);
-	list_del(&slot->list);
-	idr_remove(&file->chardev->slots, slot->id);
-	if (slot->dmb)
+	if (slot->owned)
 		dmbridge_unregister(slot->dmb);
 	else
 		dmbridge_command(dev, DMBRIDGE_DETACH, &token, sizeof(token), NULL, 0);
@@ -363,6 +424,7 @@ static struct slot *new_slot(void)
 
 	if (slot) {
 		INIT_LIST_HEAD(&slot->list);
+		INIT_HLIST_NODE(&slot->node);
 		INIT_LIST_HEAD(&slot->signalled);
 	}
 	return slot;
@@ -374,6 +436,7 @@ static vm_fault_t dmbridge_fault(struct vm_fault *vmf)
 	struct dmbridge_chardev *chardev = file->chardev;
 	unsigned long at = vmf->pgoff % (chardev->stride >> PAGE_SHIFT);
 	vm_fault_t result = VM_FAULT_OOM;
+	struct page **nothing;
 	struct slot *slot;
 
 	mutex_lock(&chardev->mutex);
@@ -383,10 +446,14 @@ static vm_fault_t dmbridge_fault(struct vm_fault *vmf)
 					at ? slot->pfn + at - 1 : slot->line_pfn);
 	} else {
 		/* A program is told of the end, but it may be in the middle of something. */
-		if (!file->nothing)
-			file->nothing = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
-		if (file->nothing)
-			result = vmf_insert_pfn(vmf->vma, vmf->address, page_to_pfn(file->nothing));
+		if (!vmf->vma->vm_private_data)
+			nothing = &file->nothing[NOTHING_ATTACHED];
+		else
+			nothing = &file->nothing[at ? NOTHING_OWNED : NOTHING_OWNED_LINE];
+		if (!*nothing)
+			*nothing = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+		if (*nothing)
+			result = vmf_insert_pfn(vmf->vma, vmf->address, page_to_pfn(*nothing));
 	}
 	mutex_unlock(&chardev->mutex);
 	return result;
@@ -419,6 +486,8 @@ static int dmbridge_mmap(struct file *filp, struct vm_area_struct *vma)
 		vma->vm_flags &= ~VM_MAYEXEC;
 #endif
 		vma->vm_ops = &vm_ops;
+		/* Which of the two, also when the slot is no more. */
+		vma->vm_private_data = slot->owned ? file : NULL;
 		rc = 0;
 	}
 	mutex_unlock(&chardev->mutex);
@@ -444,10 +513,9 @@ static int do_register(struct dmbridge_file *file, struct dmbridge *dev,
 	slot = new_slot();
 	if (!slot)
 		return -ENOMEM;
+	slot->owned = true;
 	mutex_lock(&file->chardev->mutex);
 	rc = add_slot(file, slot);
-	/* Until it is filled, it cannot be mapped, and has no name. */
-	slot->ended = true;
 	mutex_unlock(&file->chardev->mutex);
 	if (rc) {
 		kfree(slot);
@@ -457,14 +525,13 @@ static int do_register(struct dmbridge_file *file, struct dmbridge *dev,
 	mutex_lock(&file->chardev->mutex);
 	if (IS_ERR(dmb)) {
 		rc = PTR_ERR(dmb);
-		list_del(&slot->list);
-		idr_remove(&file->chardev->slots, slot->id);
+		remove_slot(slot);
 		mutex_unlock(&file->chardev->mutex);
 		kfree(slot);
 		return rc;
 	}
 	slot->dmb = dmb;
-	slot->token = dmb->token;
+	name_slot(slot, dmb->token);
 	slot->peer = peer;
 	slot->size = dmb->size;
 	if (dmb->ram) {
@@ -488,11 +555,24 @@ static int do_register(struct dmbridge_file *file, struct dmbridge *dev,
 	return 0;
 }
 
+/* Who moves to a token; NULL: nobody, as far as is known. Under the mutex. */
+static struct claim *find_claim(struct dmbridge_chardev *chardev, u64 token)
+{
+	struct claim *claim;
+
+	hash_for_each_possible(chardev->claims, claim, node, token)
+		if (claim->token == token)
+			return claim;
+	return NULL;
+}
+
 static int do_attach(struct dmbridge_file *file, struct dmbridge *dev, u64 token,
 		     struct dmbridge_attach_reply *reply)
 {
+	struct dmbridge_chardev *chardev = file->chardev;
 	__le64 le_token = cpu_to_le64(token);
 	u64 offset, line_offset, size;
+	struct claim *claim;
 	struct slot *slot;
 	int rc;
 
@@ -501,11 +581,23 @@ static int do_attach(struct dmbridge_file *file, struct dmbridge *dev, u64 token
 	slot = new_slot();
 	if (!slot)
 		return -ENOMEM;
-	rc = dmbridge_command(dev, DMBRIDGE_ATTACH, &le_token, sizeof(le_token), reply, sizeof(*reply));
+	mutex_lock(&chardev->mutex);
+	claim = find_claim(chardev, token);
+	if (find_slot(chardev, token, false) || (claim && claim->file != file))
+		rc = -EALREADY;
+	else
+		rc = add_slot(file, slot);
+	/* Now, so that its end, which may come before the answer was looked at, is told. */
+	if (!rc)
+		name_slot(slot, token);
+	mutex_unlock(&chardev->mutex);
 	if (rc) {
 		kfree(slot);
 		return rc;
 	}
+	rc = dmbridge_command(dev, DMBRIDGE_ATTACH, &le_token, sizeof(le_token), reply, sizeof(*reply));
+	if (rc)
+		goto fail;
 	offset = le64_to_cpu(reply->offset);
 	line_offset = le64_to_cpu(reply->line_offset);
 	size = le64_to_cpu(reply->size);
@@ -513,27 +605,30 @@ static int do_attach(struct dmbridge_file *file, struct dmbridge *dev, u64 token
 		dmbridge_break(dev, "it attached a DMB where none can be");
 		rc = -EIO;
 	} else if (!(le32_to_cpu(reply->flags) & DMBRIDGE_PAIR_PRIVATE_LINE) ||
-		   size > file->chardev->stride - PAGE_SIZE) {
+		   size > chardev->stride - PAGE_SIZE) {
 		rc = -EOPNOTSUPP;
 	}
-	slot->token = token;
+	if (rc) {
+		dmbridge_command(dev, DMBRIDGE_DETACH, &le_token, sizeof(le_token), NULL, 0);
+		goto fail;
+	}
+	mutex_lock(&chardev->mutex);
 	slot->peer = dmbridge_gid_id(&reply->gid);
 	slot->size = size;
 	slot->pfn = (dev->window_phys + offset) >> PAGE_SHIFT;
 	slot->line_pfn = (dev->window_phys + line_offset) >> PAGE_SHIFT;
 	slot->line_at = offset_in_page(line_offset);
-	mutex_lock(&file->chardev->mutex);
-	rc = rc ?: add_slot(file, slot);
-	if (!rc) {
-		reply->offset = cpu_to_le64(place_of(slot) + PAGE_SIZE);
-		reply->line_offset = cpu_to_le64(place_of(slot) + slot->line_at);
-		reply->flags &= ~cpu_to_le32(DMBRIDGE_PAIR_FUTEX);
-	}
-	mutex_unlock(&file->chardev->mutex);
-	if (rc) {
-		dmbridge_command(dev, DMBRIDGE_DETACH, &le_token, sizeof(le_token), NULL, 0);
-		kfree(slot);
-	}
+	slot->ended = false;
+	reply->offset = cpu_to_le64(place_of(slot) + PAGE_SIZE);
+	reply->line_offset = cpu_to_le64(place_of(slot) + slot->line_at);
+	reply->flags &= ~cpu_to_le32(DMBRIDGE_PAIR_FUTEX);
+	mutex_unlock(&chardev->mutex);
+	return 0;
+fail:
+	mutex_lock(&chardev->mutex);
+	remove_slot(slot);
+	mutex_unlock(&chardev->mutex);
+	kfree(slot);
 	return rc;
 }
 
@@ -543,12 +638,15 @@ static int do_end(struct dmbridge_file *file, struct dmbridge *dev, u64 token, b
 
 	mutex_lock(&file->chardev->mutex);
 	slot = find_slot(file->chardev, token, owned);
-	if (!slot || slot->file != file || slot->ended)
-		slot = NULL;
-	if (slot)
-		end_slot(dev, slot);
+	if (!slot || slot->file != file || slot->ended) {
+		mutex_unlock(&file->chardev->mutex);
+		return -ENOENT;
+	}
+	end_mapping(slot);
+	remove_slot(slot);
 	mutex_unlock(&file->chardev->mutex);
-	return slot ? 0 : -ENOENT;
+	end_slot(dev, slot);
+	return 0;
 }
 
 /* Under the mutex. */
@@ -642,7 +740,7 @@ static int do_cancel(struct dmbridge_file *file, struct dmbridge *dev,
 	return rc;
 }
 
-static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void __user *arg)
+static long ioctl_command(struct dmbridge_file *file, void __user *arg)
 {
 	union {
 		struct dmbridge_command header;
@@ -655,7 +753,9 @@ static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void
 	struct dmbridge_signal_event *event;
 	struct dmbridge_request request;
 	size_t needs, gives = 0;
+	struct dmbridge *dev;
 	void *body, *reply;
+	bool broken;
 	u64 token;
 	u16 what;
 	int rc;
@@ -667,6 +767,9 @@ static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void
 	request.command_len = min_t(u32, request.command_len, sizeof(command.bytes));
 	if (copy_from_user(command.bytes, u64_to_user_ptr(request.command), request.command_len))
 		return -EFAULT;
+	dev = enter(file->chardev);
+	if (!dev)
+		return -ENODEV;
 	what = command.header.class << 8 | command.header.command;
 	switch (what) {
 	case DMBRIDGE_QUERY_GID:
@@ -732,7 +835,9 @@ static long ioctl_command(struct dmbridge_file *file, struct dmbridge *dev, void
 		rc = dmbridge_command(dev, what, body, needs, reply, gives);
 	}
 out:
-	if (dmbridge_is_broken(dev))
+	broken = dmbridge_is_broken(dev);
+	leave(file->chardev);
+	if (broken)
 		return -ENODEV;
 	answer.header.status = -rc;
 	gives = sizeof(answer.header) + (rc ? 0 : gives);
@@ -744,6 +849,14 @@ out:
 }
 
 /* --- moves ------------------------------------------------------------------ */
+
+static void drop_claim(struct claim *claim)
+{
+	hash_del(&claim->node);
+	list_del(&claim->list);
+	claim->file->num_claims--;
+	kfree(claim);
+}
 
 /* Makes the token this file's to move to, if it is nobody's. */
 static int claim(struct dmbridge_file *file, struct dmbridge *dev, u64 token)
@@ -761,51 +874,63 @@ static int claim(struct dmbridge_file *file, struct dmbridge *dev, u64 token)
 		rc = slot->file == file ? 0 : -EBUSY;
 		goto out;
 	}
-	hash_for_each_possible(chardev->claims, claim, node, token) {
-		if (claim->token == token) {
-			rc = claim->file == file ? 0 : -EBUSY;
-			goto out;
-		}
+	claim = find_claim(chardev, token);
+	if (claim) {
+		if (claim->file == file)
+			list_move_tail(&claim->list, &file->claims);
+		else
+			rc = -EBUSY;
+		goto out;
 	}
 	claim = kmalloc(sizeof(*claim), GFP_KERNEL_ACCOUNT);
-	if (claim) {
-		claim->file = file;
-		claim->token = token;
-		hash_add(chardev->claims, &claim->node, token);
-	} else {
+	if (!claim) {
 		rc = -ENOMEM;
+		goto out;
 	}
+	if (file->num_claims >= MAX_CLAIMS)
+		drop_claim(list_first_entry(&file->claims, struct claim, list));
+	claim->file = file;
+	claim->token = token;
+	hash_add(chardev->claims, &claim->node, token);
+	list_add_tail(&claim->list, &file->claims);
+	file->num_claims++;
 out:
 	mutex_unlock(&chardev->mutex);
 	return rc;
 }
 
-/* Ends this file's claims: to one token, or to all. */
-static void disclaim(struct dmbridge_file *file, const u64 *token)
+/* Whether a move of this file to the token needs nobody's leave. Under the mutex. */
+static bool is_ours(struct dmbridge_file *file, u64 token)
 {
-	struct dmbridge_chardev *chardev = file->chardev;
-	struct hlist_node *next;
-	struct claim *claim;
-	int bucket;
+	struct slot *slot = find_slot(file->chardev, token, false);
+	struct claim *claim = find_claim(file->chardev, token);
 
-	mutex_lock(&chardev->mutex);
-	hash_for_each_safe(chardev->claims, bucket, next, claim, node) {
-		if (claim->file == file && (!token || claim->token == *token)) {
-			hash_del(&claim->node);
-			kfree(claim);
-		}
-	}
-	mutex_unlock(&chardev->mutex);
+	return slot ? slot->file == file : claim && claim->file == file;
 }
 
-static long ioctl_move(struct dmbridge_file *file, struct dmbridge *dev, void __user *arg)
+/* There is no such DMB any more. */
+static void disclaim(struct dmbridge_file *file, u64 token)
 {
+	struct claim *claim;
+
+	mutex_lock(&file->chardev->mutex);
+	claim = find_claim(file->chardev, token);
+	if (claim && claim->file == file)
+		drop_claim(claim);
+	mutex_unlock(&file->chardev->mutex);
+}
+
+static long ioctl_move(struct dmbridge_file *file, void __user *arg)
+{
+	struct dmbridge_chardev *chardev = file->chardev;
 	struct iovec small[UIO_FASTIOV], *pieces = small;
 	struct dmbridge_move_header *header;
 	struct dmbridge_move move;
 	struct iov_iter data;
 	u64 token, offset, mask;
+	struct dmbridge *dev;
 	size_t left, part;
+	bool is_ring;
 	u32 flags;
 	long rc;
 
@@ -820,11 +945,16 @@ static long ioctl_move(struct dmbridge_file *file, struct dmbridge *dev, void __
 		return -EINVAL;
 	if (move.num_pieces > MAX_PIECES)
 		return -E2BIG;
+	is_ring = flags == DMBRIDGE_MOVE_RING && !move.num_pieces;
+	dev = enter(chardev);
+	if (!dev)
+		return -ENODEV;
 	rc = claim(file, dev, token);
-	if (rc)
+	if (!rc && is_ring)
+		rc = dmbridge_ring(dev, token);
+	leave(chardev);
+	if (rc || is_ring)
 		return rc;
-	if (flags == DMBRIDGE_MOVE_RING && !move.num_pieces)
-		return dmbridge_ring(dev, token);
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
 	rc = import_iovec(ITER_SOURCE, u64_to_user_ptr(move.pieces), move.num_pieces,
 			  ARRAY_SIZE(small), &pieces, &data);
@@ -836,33 +966,113 @@ static long ioctl_move(struct dmbridge_file *file, struct dmbridge *dev, void __
 		return rc;
 	left = rc;
 	mutex_lock(&file->bounce_mutex);
-	if (!file->bounce && left)
-		file->bounce = alloc_pages_exact(BOUNCE, GFP_KERNEL_ACCOUNT);
-	rc = file->bounce || !left ? 0 : -ENOMEM;
-	while (!rc) {
-		part = min3(left, (size_t)BOUNCE, (size_t)dev->limits.max_move_size);
-		if (part && !copy_from_iter_full(file->bounce, part, &data)) {
-			rc = -EFAULT;
+	do {
+		part = min(left, chardev->most_moved);
+		rc = -ENOMEM;
+		if (part && !file->bounce)
+			file->bounce = alloc_pages_exact(DMBRIDGE_BOUNCE, GFP_KERNEL_ACCOUNT);
+		if (part && !file->bounce)
 			break;
-		}
+		rc = -EFAULT;
+		if (part && !copy_from_iter_full(file->bounce, part, &data))
+			break;
 		left -= part;
-		rc = dmbridge_move_and_wait(dev, token, offset, file->bounce, part,
-					    left ? 0 : flags, left ? 0 : mask);
-		offset += part;
-		if (!left)
+		rc = -ENODEV;
+		dev = enter(chardev);
+		if (!dev)
 			break;
+		rc = dmbridge_move_and_wait(dev, token, offset, &file->bounce, part,
+					    left ? 0 : flags, left ? 0 : mask);
+		leave(chardev);
+		offset += part;
 		cond_resched();
-	}
+	} while (!rc && left);
 	mutex_unlock(&file->bounce_mutex);
 	kfree(pieces);
 	if (rc == -ENOENT)
-		disclaim(file, &token);
+		disclaim(file, token);
 	return rc;
+}
+
+/* --- wills ------------------------------------------------------------------ */
+
+static long ioctl_leave_will(struct dmbridge_file *file, void __user *arg)
+{
+	struct dmbridge_chardev *chardev = file->chardev;
+	struct dmbridge_will *will = memdup_user(arg, sizeof(*will));
+	long rc;
+
+	if (IS_ERR(will))
+		return PTR_ERR(will);
+	rc = -EINVAL;
+	if (!will->len || will->len > sizeof(will->data) || !will->mask || will->reserved)
+		goto out;
+	rc = -ENODEV;
+	if (!enter(chardev))
+		goto out;
+	mutex_lock(&chardev->mutex);
+	if (!is_ours(file, will->token))
+		rc = -ENOENT;
+	else if (file->num_wills >= DMBRIDGE_MAX_WILLS)
+		rc = -EDQUOT;
+	else
+		rc = idr_alloc(&file->wills, will, 1, 0, GFP_KERNEL_ACCOUNT);
+	if (rc > 0) {
+		file->num_wills++;
+		will = NULL;
+	}
+	mutex_unlock(&chardev->mutex);
+	leave(chardev);
+out:
+	kfree(will);
+	return rc;
+}
+
+static long ioctl_withdraw_will(struct dmbridge_file *file, unsigned long number)
+{
+	struct dmbridge_will *will;
+
+	mutex_lock(&file->chardev->mutex);
+	will = idr_remove(&file->wills, number);
+	if (will)
+		file->num_wills--;
+	mutex_unlock(&file->chardev->mutex);
+	kfree(will);
+	return will ? 0 : -ENOENT;
+}
+
+/* Nobody uses the file any more. */
+static void carry_out_wills(struct dmbridge_file *file, struct dmbridge *dev)
+{
+	struct dmbridge_will *will;
+	bool ours;
+	int id;
+
+	idr_for_each_entry(&file->wills, will, id) {
+		mutex_lock(&file->chardev->mutex);
+		ours = is_ours(file, will->token) && !dmbridge_remote_is_known(dev, will->token);
+		mutex_unlock(&file->chardev->mutex);
+		/* So little data is taken along. Where a queue stands still, it is not waited for twice. */
+		if (ours && dmbridge_move(dev, will->token, will->offset, will->data, will->len,
+					  will->mask, NULL) == -ETIMEDOUT)
+			return;
+		cond_resched();
+	}
+}
+
+static void free_wills(struct dmbridge_file *file)
+{
+	struct dmbridge_will *will;
+	int id;
+
+	idr_for_each_entry(&file->wills, will, id)
+		kfree(will);
+	idr_destroy(&file->wills);
 }
 
 /* --- the file --------------------------------------------------------------- */
 
-static long ioctl_info(struct dmbridge_file *file, struct dmbridge *dev, void __user *arg)
+static long ioctl_info(struct dmbridge_file *file, void __user *arg)
 {
 	struct dmbridge_info info = {
 		.version = VERSION,
@@ -870,41 +1080,38 @@ static long ioctl_info(struct dmbridge_file *file, struct dmbridge *dev, void __
 		.features = BIT_ULL(DMBRIDGE_F_MAP) | BIT_ULL(VIRTIO_F_VERSION_1),
 	};
 	struct dmbridge_config *config = (void *)info.config;
+	struct dmbridge *dev = enter(file->chardev);
 
 	BUILD_BUG_ON(sizeof(*config) > sizeof(info.config));
+	if (!dev)
+		return -ENODEV;
 	if (virtio_has_feature(dev->vdev, DMBRIDGE_F_RENDEZVOUS))
 		info.features |= BIT_ULL(DMBRIDGE_F_RENDEZVOUS);
 	virtio_cread_bytes(dev->vdev, 0, config, sizeof(*config));
 	config->window_size = cpu_to_le64(file->chardev->stride * file->chardev->max_slots);
 	config->max_dmb_size = cpu_to_le64(dev->limits.max_dmb_size);
+	leave(file->chardev);
 	return copy_to_user(arg, &info, sizeof(info)) ? -EFAULT : 0;
 }
 
 static long dmbridge_ioctl(struct file *filp, unsigned int what, unsigned long arg)
 {
 	struct dmbridge_file *file = filp->private_data;
-	struct dmbridge *dev;
-	long rc = -ENODEV;
 
-	down_read(&file->chardev->alive);
-	dev = file->chardev->dev;
-	if (dev && !dmbridge_is_broken(dev)) {
-		switch (what) {
-		case DMBRIDGE_INFO:
-			rc = ioctl_info(file, dev, (void __user *)arg);
-			break;
-		case DMBRIDGE_COMMAND:
-			rc = ioctl_command(file, dev, (void __user *)arg);
-			break;
-		case DMBRIDGE_MOVE:
-			rc = ioctl_move(file, dev, (void __user *)arg);
-			break;
-		default:
-			rc = -ENOTTY;
-		}
+	switch (what) {
+	case DMBRIDGE_INFO:
+		return ioctl_info(file, (void __user *)arg);
+	case DMBRIDGE_COMMAND:
+		return ioctl_command(file, (void __user *)arg);
+	case DMBRIDGE_MOVE:
+		return ioctl_move(file, (void __user *)arg);
+	case DMBRIDGE_LEAVE_WILL:
+		return ioctl_leave_will(file, (void __user *)arg);
+	case DMBRIDGE_WITHDRAW_WILL:
+		return ioctl_withdraw_will(file, arg);
+	default:
+		return -ENOTTY;
 	}
-	up_read(&file->chardev->alive);
-	return rc;
 }
 
 static int dmbridge_open(struct inode *inode, struct file *filp)
@@ -918,7 +1125,9 @@ static int dmbridge_open(struct inode *inode, struct file *filp)
 	file->chardev = chardev;
 	file->mapping = filp->f_mapping;
 	INIT_LIST_HEAD(&file->slots);
+	INIT_LIST_HEAD(&file->claims);
 	INIT_LIST_HEAD(&file->meetings);
+	idr_init(&file->wills);
 	INIT_LIST_HEAD(&file->signalled);
 	INIT_LIST_HEAD(&file->events);
 	spin_lock_init(&file->lock);
@@ -936,17 +1145,25 @@ static int dmbridge_open(struct inode *inode, struct file *filp)
 static void end_file(struct dmbridge_file *file, struct dmbridge *dev)
 {
 	struct meeting *meeting, *next_meeting;
+	struct claim *claim, *next_claim;
 	struct slot *slot, *next_slot;
+	LIST_HEAD(slots);
 
 	mutex_lock(&file->chardev->mutex);
 	list_for_each_entry_safe(meeting, next_meeting, &file->meetings, list) {
 		cancel(dev, meeting);
 		kfree(take_meeting(meeting));
 	}
-	list_for_each_entry_safe(slot, next_slot, &file->slots, list)
-		end_slot(dev, slot);
+	list_for_each_entry_safe(slot, next_slot, &file->slots, list) {
+		end_mapping(slot);
+		remove_slot(slot);
+		list_add_tail(&slot->list, &slots);
+	}
+	list_for_each_entry_safe(claim, next_claim, &file->claims, list)
+		drop_claim(claim);
 	mutex_unlock(&file->chardev->mutex);
-	disclaim(file, NULL);
+	list_for_each_entry_safe(slot, next_slot, &slots, list)
+		end_slot(dev, slot);
 }
 
 static int dmbridge_release(struct inode *inode, struct file *filp)
@@ -954,21 +1171,26 @@ static int dmbridge_release(struct inode *inode, struct file *filp)
 	struct dmbridge_file *file = filp->private_data;
 	struct dmbridge_chardev *chardev = file->chardev;
 	struct waiting_event *waiting, *next;
+	unsigned int i;
 
 	down_read(&chardev->alive);
 	/* Without a device, all was ended when it went. */
-	if (chardev->dev)
+	if (chardev->dev) {
+		carry_out_wills(file, chardev->dev);
 		end_file(file, chardev->dev);
+	}
 	mutex_lock(&chardev->mutex);
 	list_del(&file->list);
 	mutex_unlock(&chardev->mutex);
 	up_read(&chardev->alive);
 	list_for_each_entry_safe(waiting, next, &file->events, list)
 		kfree(waiting);
+	free_wills(file);
 	if (file->bounce)
-		free_pages_exact(file->bounce, BOUNCE);
-	if (file->nothing)
-		__free_page(file->nothing);
+		free_pages_exact(file->bounce, DMBRIDGE_BOUNCE);
+	for (i = 0; i < NUM_NOTHING; i++)
+		if (file->nothing[i])
+			__free_page(file->nothing[i]);
 	kfree(file);
 	kref_put(&chardev->kref, release_chardev);
 	return 0;
@@ -996,12 +1218,14 @@ int dmbridge_chardev_add(struct dmbridge *dev)
 	init_rwsem(&chardev->alive);
 	mutex_init(&chardev->mutex);
 	idr_init(&chardev->slots);
+	hash_init(chardev->tokens);
 	idr_init(&chardev->meetings);
 	INIT_LIST_HEAD(&chardev->files);
 	hash_init(chardev->claims);
 	chardev->dev = dev;
 	chardev->stride = roundup_pow_of_two(dev->limits.max_dmb_size + PAGE_SIZE);
 	chardev->max_slots = min_t(u64, RANGE / chardev->stride, MAX_SLOTS);
+	chardev->most_moved = min_t(u64, dev->limits.max_move_size, DMBRIDGE_BOUNCE);
 	chardev->number = ida_alloc(&numbers, GFP_KERNEL);
 	if (chardev->number < 0) {
 		rc = chardev->number;

@@ -145,7 +145,8 @@ static int register_with(struct dmbridge *dev, struct dmbridge_dmb *dmb)
 	dmb->flags = le32_to_cpu(reply.flags);
 	if (!dmb->token || dmb->index >= dev->limits.max_dmbs ||
 	    le64_to_cpu(reply.size) != dmb->size ||
-	    (!dmb->ram && !dmbridge_in_window(dev, dmb->offset, dmb->size, dmb->line_offset))) {
+	    (!dmb->ram && !dmbridge_in_window(dev, dmb->offset, dmb->size, dmb->line_offset)) ||
+	    (!dmb->ram && dmb->is_programs && !(dmb->flags & DMBRIDGE_PAIR_PRIVATE_LINE))) {
 		dmbridge_break(dev, "it registered a DMB where none can be");
 		return -EIO;
 	}
@@ -195,13 +196,15 @@ static struct dmbridge_dmb *make(struct dmbridge *dev, u64 peer, size_t size,
 				 void (*signal)(struct dmbridge_dmb *, u64), void *owner,
 				 bool is_programs)
 {
+	/* What a program has counts for it. */
+	gfp_t gfp = is_programs ? GFP_KERNEL_ACCOUNT : GFP_KERNEL;
 	struct dmbridge_dmb *dmb;
 	int rc = -EOPNOTSUPP;
 
 	size = ALIGN(size, SZ_4K);
 	if (!size || size > dev->limits.max_dmb_size)
 		return ERR_PTR(-E2BIG);
-	dmb = kzalloc(sizeof(*dmb), GFP_KERNEL);
+	dmb = kzalloc(sizeof(*dmb), gfp);
 	if (!dmb)
 		return ERR_PTR(-ENOMEM);
 	dmb->dev = dev;
@@ -217,8 +220,8 @@ static struct dmbridge_dmb *make(struct dmbridge *dev, u64 peer, size_t size,
 	if ((rc == -ENOSPC || rc == -EOPNOTSUPP) && dev->can_ram) {
 		dmb->ram = true;
 		/* A page, because a program may get it. */
-		dmb->line = (void *)get_zeroed_page(GFP_KERNEL);
-		dmb->memory = alloc_pages_exact(size, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN |
+		dmb->line = (void *)get_zeroed_page(gfp);
+		dmb->memory = alloc_pages_exact(size, gfp | __GFP_ZERO | __GFP_NOWARN |
 						      __GFP_NORETRY);
 		rc = -ENOMEM;
 		if (dmb->line && dmb->memory)

@@ -32,8 +32,9 @@
 #include <linux/mutex.h>
 #include <linux/percpu.h>
 #include <linux/rcupdate.h>
-#include <linux/version.h>
+#include <linux/sizes.h>
 #include <linux/spinlock.h>
+#include <linux/version.h>
 #include <linux/virtio.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
@@ -41,6 +42,9 @@
 
 #ifdef __BIG_ENDIAN
 #error "dmbridge: control lines are little-endian, and this driver uses them as they are"
+#endif
+#if PAGE_SIZE != SZ_4K
+#error "dmbridge: what a program maps is cut in pages of 4 KiB, as the device cuts it"
 #endif
 
 /*
@@ -64,6 +68,8 @@
 #define DMBRIDGE_MOVE_INLINE		64
 /* Pieces of one move's data. */
 #define DMBRIDGE_MOVE_PIECES		16
+/* A program's data is moved from a copy, of so much at a time. */
+#define DMBRIDGE_BOUNCE			SZ_256K
 /* Event buffers. */
 #define DMBRIDGE_EVENTS			128
 /*
@@ -129,6 +135,8 @@ struct dmbridge_slot {
 	struct dmbridge_wait *wait;
 	/* Who wants to know that it failed, or NULL. */
 	struct dmbridge_remote *remote;
+	/* The copy that it is made from, if nobody waits for it any more, or NULL. */
+	void *bounce;
 	unsigned long posted;
 };
 
@@ -307,7 +315,7 @@ int dmbridge_moves_init(struct dmbridge *dev, struct virtqueue **vqs);
 void dmbridge_moves_free(struct dmbridge *dev);
 int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data, size_t size,
 		  u64 mask, struct dmbridge_remote *remote);
-int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, const void *data,
+int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, void **bounce,
 			   size_t size, u32 flags, u64 mask);
 int dmbridge_ring(struct dmbridge *dev, u64 token);
 void dmbridge_watch(struct dmbridge *dev);

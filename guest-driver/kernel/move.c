@@ -64,8 +64,11 @@ static void reap(struct dmbridge_moves *moves)
 			atomic_dec_return_release(&slot->remote->inflight);
 			dmbridge_remote_put(slot->remote);
 		}
+		if (unlikely(slot->bounce))
+			free_pages_exact(slot->bounce, DMBRIDGE_BOUNCE);
 		slot->wait = NULL;
 		slot->remote = NULL;
+		slot->bounce = NULL;
 		moves->busy--;
 		list_add(&slot->free, &moves->free);
 	}
@@ -127,18 +130,19 @@ static size_t pieces(struct scatterlist *sg, unsigned int *count, const u8 *data
 
 /*
  * Posts one move. Up to DMBRIDGE_MOVE_INLINE bytes are copied and nobody waits;
- * more are waited for. Returns how many bytes were taken.
+ * more are waited for, and with @bounce, where the data lies, all. If the wait is given
+ * up, *@bounce is the move's, and NULL here. Returns how many bytes were taken.
  */
 static ssize_t post(struct dmbridge_moves *moves, struct dmbridge_move_header *header,
 		    const void *data, size_t size, struct dmbridge_remote *remote,
-		    bool wait_for_it)
+		    void **bounce)
 {
 	struct scatterlist head, tail, sg[DMBRIDGE_MOVE_PIECES], *sgs[3];
 	struct dmbridge_wait wait = { .done = false };
 	ktime_t end = patience();
 	struct dmbridge_slot *slot;
 	unsigned int count, out;
-	bool kick, inlined = size <= DMBRIDGE_MOVE_INLINE, waits = !inlined || wait_for_it;
+	bool kick, inlined = size <= DMBRIDGE_MOVE_INLINE, waits = !inlined || bounce;
 	int rc;
 
 again:
@@ -182,8 +186,8 @@ again:
 	slot->posted = jiffies;
 	slot->wait = waits ? &wait : NULL;
 	slot->remote = NULL;
-	if (!waits && remote) {
-		kref_get(&remote->kref);
+	/* It may just have been forgotten: then nobody asks for its errors any more. */
+	if (!waits && remote && kref_get_unless_zero(&remote->kref)) {
 		atomic_inc(&remote->inflight);
 		slot->remote = remote;
 	}
@@ -199,8 +203,14 @@ again:
 	if (rc) {
 		/* The device will not write to this stack. */
 		spin_lock_bh(&moves->lock);
-		if (slot->wait == &wait)
+		if (slot->wait == &wait) {
 			slot->wait = NULL;
+			if (bounce && !inlined) {
+				/* But it may yet read from there. */
+				slot->bounce = *bounce;
+				*bounce = NULL;
+			}
+		}
 		spin_unlock_bh(&moves->lock);
 		return wait.done && !wait.status ? size : rc;
 	}
@@ -244,7 +254,7 @@ int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data,
 			header.flags = cpu_to_le32(DMBRIDGE_MOVE_SIGNAL);
 			mask = 0;
 		}
-		done = post(moves, &header, data, part, remote, false);
+		done = post(moves, &header, data, part, remote, NULL);
 		if (done < 0)
 			return done;
 		data += done;
@@ -254,13 +264,26 @@ int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data,
 	if (mask) {
 		header.mask = cpu_to_le64(mask);
 		header.flags = cpu_to_le32(DMBRIDGE_MOVE_SIGNAL);
-		done = post(moves, &header, NULL, 0, remote, false);
+		done = post(moves, &header, NULL, 0, remote, NULL);
 	}
 	return done < 0 ? done : 0;
 }
 
-/* For a program: with the flags that it gave, and done when this returns. May sleep. */
-int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, const void *data,
+/**
+ * dmbridge_move_and_wait() - have the device copy for a program
+ * @dev: the device
+ * @token: the DMB
+ * @offset: in it
+ * @bounce: DMBRIDGE_BOUNCE bytes of alloc_pages_exact(), with the data; NULL afterwards
+ *	    if the device may still read there, and then freed when it does not
+ * @size: of the data
+ * @flags: as the program gave them
+ * @mask: the same
+ *
+ * Context: may sleep. Spins.
+ * Return: 0 when it is done, or what is wrong.
+ */
+int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, void **bounce,
 			   size_t size, u32 flags, u64 mask)
 {
 	struct dmbridge_move_header header = {
@@ -269,7 +292,7 @@ int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, const vo
 		.mask = cpu_to_le64(mask),
 		.flags = cpu_to_le32(flags),
 	};
-	ssize_t rc = post(queue_of(dev, token), &header, data, size, NULL, true);
+	ssize_t rc = post(queue_of(dev, token), &header, *bounce, size, NULL, bounce);
 
 	return rc < 0 ? rc : 0;
 }
@@ -281,7 +304,7 @@ int dmbridge_ring(struct dmbridge *dev, u64 token)
 		.token = cpu_to_le64(token),
 		.flags = cpu_to_le32(DMBRIDGE_MOVE_RING),
 	};
-	ssize_t rc = post(queue_of(dev, token), &header, NULL, 0, NULL, false);
+	ssize_t rc = post(queue_of(dev, token), &header, NULL, 0, NULL, NULL);
 
 	return rc < 0 ? rc : 0;
 }
@@ -331,7 +354,7 @@ static void watch(struct work_struct *work)
 	if (too_late)
 		late(dev);
 	else if (!busy && atomic_read(&dev->live))
-		post(&dev->moves[0], &nothing, NULL, 0, NULL, false);
+		post(&dev->moves[0], &nothing, NULL, 0, NULL, NULL);
 	dmbridge_watch(dev);
 }
 
@@ -379,9 +402,14 @@ void dmbridge_moves_free(struct dmbridge *dev)
 	if (!dev->moves)
 		return;
 	for (i = 0; i < dev->move_queues; i++) {
-		for (j = 0; dev->moves[i].slots && j < DMBRIDGE_MOVE_SLOTS; j++)
-			if (dev->moves[i].slots[j].remote)
-				dmbridge_remote_put(dev->moves[i].slots[j].remote);
+		for (j = 0; dev->moves[i].slots && j < DMBRIDGE_MOVE_SLOTS; j++) {
+			struct dmbridge_slot *slot = &dev->moves[i].slots[j];
+
+			if (slot->remote)
+				dmbridge_remote_put(slot->remote);
+			if (slot->bounce)
+				free_pages_exact(slot->bounce, DMBRIDGE_BOUNCE);
+		}
 		kfree(dev->moves[i].slots);
 	}
 	kfree(dev->moves);

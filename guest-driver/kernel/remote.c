@@ -63,21 +63,25 @@ static bool forget(struct dmbridge_remote *remote, bool held_too)
 	return was;
 }
 
+/* It is moved into for good. Under the lock. */
 static void set_unmappable(struct dmbridge_remote *remote)
 {
 	struct dmbridge *dev = remote->dev;
-	struct dmbridge_remote *oldest = NULL;
+	struct dmbridge_remote *oldest;
 
 	WRITE_ONCE(remote->state, DMBRIDGE_REMOTE_MOVES);
-	spin_lock_bh(&dev->remotes_lock);
-	if (!hlist_unhashed(&remote->node)) {
-		list_add_tail(&remote->unmappable, &dev->unmappable);
-		if (++dev->num_unmappable > MAX_UNMAPPABLE)
-			oldest = list_first_entry(&dev->unmappable, struct dmbridge_remote, unmappable);
+	if (hlist_unhashed(&remote->node))
+		return;
+	list_add_tail(&remote->unmappable, &dev->unmappable);
+	if (dev->num_unmappable < MAX_UNMAPPABLE) {
+		dev->num_unmappable++;
+		return;
 	}
-	spin_unlock_bh(&dev->remotes_lock);
-	if (oldest && forget(oldest, false))
-		dmbridge_remote_put(oldest);
+	/* Nobody holds it: there is no address to be had. */
+	oldest = list_first_entry(&dev->unmappable, struct dmbridge_remote, unmappable);
+	list_del_init(&oldest->unmappable);
+	hlist_del_init_rcu(&oldest->node);
+	dmbridge_remote_put(oldest);
 }
 
 static void attach(struct work_struct *work)
@@ -111,7 +115,9 @@ static void attach(struct work_struct *work)
 			dmbridge_remote_put(remote);
 		break;
 	default:
+		spin_lock_bh(&dev->remotes_lock);
 		set_unmappable(remote);
+		spin_unlock_bh(&dev->remotes_lock);
 	}
 	dmbridge_remote_put(remote);
 }
@@ -137,9 +143,7 @@ static struct dmbridge_remote *find_or_add(struct dmbridge *dev, u64 token)
 	if (!other) {
 		hash_add_rcu(dev->remotes, &remote->node, token);
 		if (!dev->can_map) {
-			remote->state = DMBRIDGE_REMOTE_MOVES;
-			list_add_tail(&remote->unmappable, &dev->unmappable);
-			dev->num_unmappable++;
+			set_unmappable(remote);
 		} else {
 			kref_get(&remote->kref);
 			queue_work(dev->wq, &remote->attach);

@@ -3,10 +3,17 @@
 use dmbridge_tests::deadline::until;
 use dmbridge_tests::vm::kernel::{MODULE, assert_kernel_is_content, module};
 use dmbridge_tests::vm::shared::{Lent, Shared};
-use dmbridge_tests::vm::{Driven, Vm, VmOptions, VmPair};
+use dmbridge_tests::vm::{Driven, Running, Vm, VmOptions, VmPair};
+use nix::sys::signal::Signal;
 use std::fs;
+use std::time::Duration;
 
 const FILE: &str = "/dev/dmbridge0";
+/// How long anything may take: guests are slow without KVM.
+const DEADLINE: Duration = Duration::from_secs(300);
+/// Things that each program does which does whatever it can.
+const STEPS: u64 = 4000;
+
 fn setup() -> Lent<'static, VmPair> {
     static SETUP: Shared<VmPair> = Shared::new();
     SETUP.take(|| {
@@ -18,6 +25,13 @@ fn setup() -> Lent<'static, VmPair> {
         }
         pair
     })
+}
+
+/// Loads the module anew. A virtual machine has few mappings, and what other tests have left takes some.
+fn reload(vm: &Vm) {
+    vm.shell(&format!(
+        "until rmmod dmbridge 2>/dev/null; do sleep 0.1; done; insmod {MODULE}; chmod 666 {FILE}"
+    ));
 }
 
 /// A program of a user without privileges.
@@ -88,6 +102,7 @@ fn what_is_one_programs_is_not_anothers() {
     assert!(thief.refused(&format!("attach {token}")).contains("Already"));
     assert!(thief.refused(&format!("move {token}")).contains("NoEntry"));
     assert!(thief.refused(&format!("move {moved_token}")).contains("NoEntry"));
+    assert!(thief.refused(&format!("attach {moved_token}")).contains("Already"));
     let mut neighbour = program(&setup.a);
     assert!(neighbour.refused(&format!("attach {token}")).contains("NoEntry"));
 }
@@ -171,13 +186,114 @@ fn a_program_that_is_killed_leaves_nothing_and_others_go_on() {
     assert_kernel_is_content(&setup.b);
 }
 
+/// A program that uses the file without the library.
+struct Bare<'a>(&'a Vm, Running);
+
+impl Bare<'_> {
+    fn start(vm: &Vm) -> Bare<'_> {
+        let command = ["su", "-s", "/bin/sh", "nobody", "-c", &format!("exec vm-file {FILE}")];
+        let mut bare = Bare(vm, vm.start_command(&command));
+        bare.answer().expect("it opens the file");
+        bare
+    }
+
+    fn begin(&mut self, command: &str) {
+        self.0.expect(self.1.write(format!("{command}\n").as_bytes()));
+    }
+
+    fn answer(&mut self) -> Result<u64, String> {
+        let line = self.0.expect(self.1.line(DEADLINE));
+        line.parse().map_err(|_| line)
+    }
+
+    fn ask(&mut self, command: &str) -> Result<u64, String> {
+        self.begin(command);
+        self.answer()
+    }
+
+    fn kill(self) {
+        self.0.expect(self.1.signal(Signal::SIGKILL));
+        self.0.expect(self.1.wait(DEADLINE));
+    }
+}
+
+#[test]
+fn a_will_is_done_when_its_program_is_killed_and_is_no_more_than_the_program_could_do() {
+    let setup = setup();
+    let (mut a, b, before) = (program(&setup.a), program(&setup.b), dmbs(&setup));
+    for how in ["attach TOKEN", "move TOKEN 100 x"] {
+        let [told, withdrawn, lost] = [(); 3].map(|()| a.register(&b, 4096));
+        let (mut victim, mut thief) = (Bare::start(&setup.b), Bare::start(&setup.b));
+        for (_, token) in [&told, &withdrawn, &lost] {
+            assert!(victim.ask(&format!("will {token} 0 early 1")).unwrap_err().contains("os error 2"));
+            assert_eq!(victim.ask(&how.replace("TOKEN", token)), Ok(0));
+            assert!(thief.ask(&format!("will {token} 0 stolen 1")).unwrap_err().contains("os error 2"));
+        }
+        for wrong in ["0 text 0", "0 longer-than-eight 1"] {
+            let refused = victim.ask(&format!("will {} {wrong}", told.1)).unwrap_err();
+            assert!(refused.contains("os error 22"), "{refused}");
+        }
+        // Beyond the DMB's end is nothing.
+        victim.ask(&format!("will {} 4092 too-far 2", told.1)).expect("it is left");
+        let number = victim.ask(&format!("will {} 8 mistake 1", withdrawn.1)).expect("it is left");
+        assert_eq!(victim.ask(&format!("withdraw {number}")), Ok(0));
+        assert!(victim.ask(&format!("withdraw {number}")).unwrap_err().contains("os error 2"));
+        victim.ask(&format!("will {} 8 mistake 1", lost.1)).expect("it is left");
+        if how.starts_with("attach") {
+            assert_eq!(victim.ask(&format!("detach {}", lost.1)), Ok(0));
+        } else {
+            // What it moves to has ended.
+            a.ask(&format!("drop-dmb {}", lost.0));
+        }
+        victim.ask(&format!("will {} 8 farewell 5", told.1)).expect("it is left");
+        a.begin(&format!("wait {}", told.0));
+        victim.kill();
+        assert_eq!(a.answer()["bits"], 5);
+        assert_eq!(a.ask(&format!("read {} 8 8", told.0))["text"], "farewell");
+        assert_eq!(a.ask(&format!("read {} 4092 4", told.0))["text"], "\0\0\0\0");
+        // Of a program that has ended, nothing comes any more.
+        until("what it attached is free", || (dmbs(&setup) <= before + 3).then_some(()));
+        assert_eq!(a.ask(&format!("read {} 8 8", withdrawn.0))["text"], "\0\0\0\0\0\0\0\0");
+        for (dmb, _) in [told, withdrawn].into_iter().chain(how.starts_with("attach").then_some(lost)) {
+            assert_eq!(a.ask(&format!("read {dmb} 0 8"))["text"], "\0\0\0\0\0\0\0\0");
+            a.ask(&format!("drop-dmb {dmb}"));
+        }
+        thief.kill();
+    }
+    assert_kernel_is_content(&setup.b);
+}
+
+#[test]
+fn a_program_that_does_whatever_it_can_harms_nobody() {
+    let setup = setup();
+    let (mut a, mut b, before) = (program(&setup.a), program(&setup.b), dmbs(&setup));
+    let tokens: Vec<_> = (0..4).map(|_| b.register(&a, 8192).1).collect();
+    let gids = [b.gid(), a.gid(), b.gid()].map(String::from);
+    let mut hostile = [Bare::start(&setup.a), Bare::start(&setup.a), Bare::start(&setup.b)];
+    for (seed, (program, gid)) in hostile.iter_mut().zip(&gids).enumerate() {
+        program.begin(&format!("abuse {gid} {seed} {STEPS} {}", tokens.join(" ")));
+    }
+    exchange(&mut a, &mut b, "open", 4 << 20);
+    for program in &mut hostile {
+        let succeeded = program.answer().expect("it does what it can");
+        println!("{succeeded} of {STEPS} things succeeded");
+        assert!(succeeded > STEPS / 10 && program.ask("attach 0").is_err());
+    }
+    hostile.into_iter().for_each(Bare::kill);
+    exchange(&mut a, &mut b, "open", 1 << 20);
+    a.kill();
+    b.kill();
+    until("the daemon has no DMB of theirs", || (dmbs(&setup) <= before).then_some(()));
+    for vm in [&setup.a, &setup.b] {
+        reload(vm);
+        assert_kernel_is_content(vm);
+    }
+}
+
 #[test]
 fn a_program_of_the_host_and_one_of_a_guest_meet() {
     let setup = setup();
-    // A virtual machine has few mappings, and what other tests have left takes some.
-    setup.a.shell(&format!(
-        "until rmmod dmbridge 2>/dev/null; do sleep 0.1; done; insmod {MODULE}; chmod 666 {FILE}"
-    ));
+    reload(&setup.a);
     let (mut guest, mut host) = (program(&setup.a), Driven::on_host(&setup.daemon.hub(), true));
     // Large DMBs have a control line of their own, so that they can be attached, if the window has room.
     exchange(&mut guest, &mut host, "open", 16 << 20);

@@ -39,36 +39,39 @@ fn smcd(vm: &Vm) -> (u64, u64) {
     (of("client_v2") + of("server_v2"), fallbacks.sum())
 }
 
-/// Who listens.
+/// Who listens, by the number of its guest.
 #[derive(Clone, Copy, Debug)]
 enum Server {
     Linux,
     Library,
 }
 
+/// What each end is and does: the first guest's, the second guest's.
+type Both<'a> = [(&'a str, &'a str); 2];
+
+/// Starts one end of something in a guest.
+fn run(vm: &Vm, family: &str, words: &[&str], what: &str) -> Running {
+    let program = format!("exec vm-sockets {family} {} {what}", words.join(" "));
+    // With the character device as a user without privileges; with the device itself that does not go.
+    let has_file = vm.shell(&format!("[ -e {FILE} ] && echo yes || echo no")).trim() == "yes";
+    let user = if family == "library" && has_file { "nobody" } else { "root" };
+    vm.start_command(&["su", "-s", "/bin/sh", user, "-c", &program])
+}
+
+/// Starts both ends of something, the server, which is in the first or the second guest, first.
+fn start_both(setup: &VmPair, server: usize, port: u16, both: Both<'_>) -> (Running, Running) {
+    let (vms, port) = ([&setup.a, &setup.b], port.to_string());
+    let client = 1 - server;
+    let mut serving = run(vms[server], both[server].0, &["listen", &port], both[server].1);
+    assert_eq!(vms[server].expect(serving.line(DEADLINE)), "listening");
+    let words = ["connect", &address(server), &port];
+    let connecting = run(vms[client], both[client].0, &words, both[client].1);
+    if server == 0 { (serving, connecting) } else { (connecting, serving) }
+}
+
 /// Starts both ends of something: AF_SMC's, then the library's.
 fn start(setup: &VmPair, server: Server, port: u16, what: &str) -> (Running, Running) {
-    let port = port.to_string();
-    let run = |vm: &Vm, family: &str, words: &[&str]| {
-        let program = format!("exec vm-sockets {family} {} {what}", words.join(" "));
-        // With the character device as a user without privileges; with the device itself that does not go.
-        let has_file = vm.shell(&format!("[ -e {FILE} ] && echo yes || echo no")).trim() == "yes";
-        let user = if family == "library" && has_file { "nobody" } else { "root" };
-        vm.start_command(&["su", "-s", "/bin/sh", user, "-c", &program])
-    };
-    let (listen, to_a, to_b) = (["listen", &port], address(0), address(1));
-    match server {
-        Server::Linux => {
-            let mut linux = run(&setup.a, "smc", &listen);
-            assert_eq!(setup.a.expect(linux.line(DEADLINE)), "listening");
-            (linux, run(&setup.b, "library", &["connect", &to_a, &port]))
-        }
-        Server::Library => {
-            let mut library = run(&setup.b, "library", &listen);
-            assert_eq!(setup.b.expect(library.line(DEADLINE)), "listening");
-            (run(&setup.a, "smc", &["connect", &to_b, &port]), library)
-        }
-    }
+    start_both(setup, server as usize, port, [("smc", what), ("library", what)])
 }
 
 fn result(vm: &Vm, running: Running) -> Value {
@@ -166,12 +169,13 @@ fn ended(vm: &Vm, running: Running) {
 fn who_is_killed_ends_the_other() {
     let setup = setup();
     let without = WithoutModule::new(&setup);
-    let hang = |port: u16, server: Server| {
-        let (mut linux, mut library) = start(&setup, server, port, "hang");
+    let both = |port: u16, server: Server, what: &str| {
+        let (mut linux, mut library) = start(&setup, server, port, what);
         assert_eq!(setup.a.expect(linux.line(DEADLINE)), "hanging");
         assert_eq!(setup.b.expect(library.line(DEADLINE)), "hanging");
         (linux, library)
     };
+    let hang = |port: u16, server: Server| both(port, server, "hang");
     for (i, server) in SERVERS.into_iter().enumerate() {
         let (linux, library) = hang(7140 + i as u16, server);
         setup.a.shell("killall -9 vm-sockets");
@@ -181,8 +185,68 @@ fn who_is_killed_ends_the_other() {
         setup.b.shell("killall -9 vm-sockets");
         ended(&setup.a, linux);
         drop(library);
+        // The device goes with its program, which who only waits for bytes learns of, too.
+        let (linux, library) = both(7155 + i as u16, server, "listen");
+        setup.b.shell("killall -9 vm-sockets");
+        let said = result(&setup.a, linux);
+        println!("{said}");
+        assert!(said["reading"].as_str().is_some_and(|words| words.contains("os error")), "{said}");
+        drop(library);
         // And nothing is left that is in the way.
         exchange(&setup, server, 7160 + i as u16, 1, 1_000_000);
     }
     drop(without);
+}
+
+/// With a device of the program's that stays when the program is killed.
+#[test]
+fn who_is_killed_ends_the_other_that_only_waits_for_it() {
+    let setup = setup();
+    setup.a.shell(&format!("chmod 666 {FILE}"));
+    let vms = [&setup.a, &setup.b];
+    // The survivor waits for bytes, or for room as well.
+    let does = [("listen", "listen"), ("hang", "idle")];
+    let mut port = 7170;
+    let mut kill = |families: [&str; 2], server: usize, victim: usize| {
+        for (survivor_does, victim_does) in does {
+            port += 1;
+            let what = |i| (families[i], if i == victim { victim_does } else { survivor_does });
+            let both = [what(0), what(1)];
+            let (first, second) = start_both(&setup, server, port, both);
+            let mut running = [first, second];
+            for (vm, running) in vms.iter().zip(&mut running) {
+                assert_eq!(vm.expect(running.line(DEADLINE)), "hanging");
+            }
+            vms[victim].shell("killall -9 vm-sockets");
+            let [first, second] = running;
+            let survivor = if victim == 0 { second } else { first };
+            let said = result(vms[1 - victim], survivor);
+            println!("{both:?}, {server} listens, {victim} is killed: {said}");
+            // A kernel closes what a program leaves, as TCP does: only who has not read all resets the other.
+            let is_end = (families[victim], survivor_does) == ("smc", "listen");
+            let [reading, writing] = ["reading", "writing"].map(|what| said[what].as_str().expect("words"));
+            assert_eq!(!writing.is_empty(), survivor_does == "hang", "{said}");
+            // As Linux says it, where who reads gets an end and the reason beside it, and as the library does.
+            let is_reset = ["reset by peer", "broken the stream off"].iter().any(|words| {
+                // Linux tells of it once.
+                reading.contains(words) || reading == "end" && writing.contains(words)
+            });
+            assert!(if is_end { reading == "end" } else { is_reset }, "{said}");
+        }
+    };
+    for (server, victim) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        kill(["smc", "library"], server, victim);
+    }
+    kill(["library", "library"], 0, 0);
+    kill(["library", "library"], 0, 1);
+    // Small buffers of a kernel are no program's to map.
+    setup.a.output(&["dmbridge-guest-setup", "--buffers", "64"]);
+    for server in [0, 1] {
+        kill(["smc", "library"], server, 1);
+    }
+    setup.a.output(&["dmbridge-guest-setup"]);
+    for (i, server) in SERVERS.into_iter().enumerate() {
+        exchange(&setup, server, 7210 + i as u16, 1, 1_000_000);
+    }
+    assert_kernel_is_content(&setup.b);
 }

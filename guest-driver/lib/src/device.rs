@@ -29,6 +29,7 @@ use crate::transport::pci::{self, Pci, PciAddress};
 use crate::transport::vhost_user::VhostUser;
 use crate::virtqueue::{Layout, Virtqueue};
 use crate::wait::{Awaited, DEFAULT_SPIN};
+use crate::will::LastMove;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::collections::HashMap;
 use std::fmt;
@@ -824,6 +825,18 @@ impl Port for Core {
 
     fn is_connected(&self) -> bool {
         !self.is_lost()
+    }
+
+    fn leave_will(&self, last: &LastMove) -> Option<libc::c_ulong> {
+        self.check().ok()?;
+        self.transport.leave_will(last)
+    }
+
+    fn withdraw_will(&self, number: libc::c_ulong) {
+        // In a child of fork() it is the parent's.
+        if self.process.is_current() {
+            self.transport.withdraw_will(number);
+        }
     }
 
     fn daemon(&self) -> Option<i32> {

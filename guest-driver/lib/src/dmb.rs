@@ -7,6 +7,7 @@ use crate::proto::ids::{Gid, Token};
 use crate::proto::line::{ControlLine, LineStats, Wake};
 use crate::shared::SharedMemory;
 use crate::wait::{Awaited, Scope, Spinner, futex_wait, futex_wake};
+use crate::will::{LastMove, Will};
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
@@ -28,6 +29,12 @@ pub(crate) trait Port: Send + Sync {
     fn daemon(&self) -> Option<i32> {
         None
     }
+    /// Has a move made when this process ends, if that can be done and is of use; its number.
+    fn leave_will(&self, _: &LastMove) -> Option<libc::c_ulong> {
+        None
+    }
+    /// That move is not to be made.
+    fn withdraw_will(&self, _: libc::c_ulong) {}
 }
 
 /// A control line in memory that stays as long as this.
@@ -488,6 +495,11 @@ impl RemoteDmb {
             }
             Wake::Signal => self.port.ring(self.state.token),
         }
+    }
+
+    /// Has the owner told of this process's end by this byte at this place, and these bits.
+    pub(crate) fn leave_will(&self, offset: u64, byte: u8, mask: u64) -> Option<Will> {
+        Will::leave(&self.port, &LastMove { token: self.token(), offset, byte, mask })
     }
 
     /// Whether the owner still has it registered, as far as is known: after it has not, writing reaches nobody.

@@ -56,6 +56,7 @@ mod sync;
 mod transport;
 mod virtqueue;
 mod wait;
+mod will;
 mod window;
 
 /// Devices on the PCI bus, for programs in virtual machines.

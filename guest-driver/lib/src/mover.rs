@@ -2,7 +2,7 @@
 //! the two front-ends can do, and needs no attach.
 
 use crate::device::Core;
-use crate::dmb::{DmbState, RemoteDmb};
+use crate::dmb::{DmbState, Port, RemoteDmb};
 use crate::error::Error;
 use crate::moves::{MoveQueue, Posted, Progress};
 use crate::proto::ids::Token;
@@ -11,6 +11,7 @@ use crate::ram::DmaBuffer;
 use crate::shared::SharedMemory;
 use crate::sync::lock;
 use crate::virtqueue::Piece;
+use crate::will::{LastMove, Will};
 use std::fmt;
 use std::io::IoSlice;
 use std::ops::Range;
@@ -325,6 +326,12 @@ impl Mover {
         let most = 2 * (len.next_multiple_of(64) + 64) as u64;
         let used = staging.head - self.progress.staged.load(Ordering::Acquire);
         used + most <= STAGING as u64 && self.queue().has_room()
+    }
+
+    /// As [`RemoteDmb::leave_will`].
+    pub(crate) fn leave_will(&self, offset: u64, byte: u8, mask: u64) -> Option<Will> {
+        let port: Arc<dyn Port> = self.device.clone();
+        Will::leave(&port, &LastMove { token: self.token, offset, byte, mask })
     }
 
     /// Memory that this mover's moves can read.

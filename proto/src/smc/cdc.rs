@@ -28,6 +28,8 @@ pub const CDC_KIND: [u8; 8] = [CDC_TYPE, 1, 0, 0, 0, 0, 0, 0];
 pub const PROD_OFFSET: usize = core::mem::offset_of!(CdcMessage, prod);
 /// Where the consumer cursor's word lies.
 pub const CONS_OFFSET: usize = core::mem::offset_of!(CdcMessage, cons);
+/// Where the connection state flags lie, a byte.
+pub const STATE_OFFSET: usize = CONS_OFFSET + 7;
 
 bitflags::bitflags! {
     /// `struct smc_cdc_producer_flags`, bit for bit as Linux's bit fields lie on a little-endian machine.
@@ -123,9 +125,12 @@ impl CdcMessage {
         }
     }
 
-    /// Writer, once: marks the message as one.
+    /// Writer, once: marks the message as one, and says nothing yet. What the DMB's last writer said may have come after the
+    /// owner cleared it.
     pub fn init(&self) {
         self.kind.store(u64::from_ne_bytes(CDC_KIND), Ordering::Relaxed);
+        self.prod.store(0, Ordering::Relaxed);
+        self.cons.store(0, Ordering::Relaxed);
     }
 
     /// Reader: whether the peer says that it reads on when this side's device is gone.
@@ -181,6 +186,7 @@ mod tests {
             bytes,
             *b"\xfe\x01\0\0\0\0\0\0\x02\x01\x06\x05\x04\x03\0\0\x01\0\x02\0\0\0\x80\xc0\0\0\0\0\0\0\0\0"
         );
+        assert_eq!(bytes[STATE_OFFSET], 0xc0);
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //! | --- | --- |
 //! | `exchange CONNECTIONS BYTES` | each side sends so many bytes on each connection while it receives as many, and checks every one |
 //! | `hang` | one connection, which sends all the time and reads until it ends |
+//! | `listen` | one connection, which only reads until it ends |
+//! | `idle` | one connection, which neither sends nor reads until the program is killed |
 
 use anyhow::{Context, Result, bail};
 use dmbridge::Device;
@@ -35,11 +37,17 @@ fn main() {
 trait Stream: Read + Write + Send + Sized + 'static {
     fn another(&self) -> std::io::Result<Self>;
     fn finish(&self) -> std::io::Result<()>;
+    /// What is wrong with it, as `SO_ERROR` says.
+    fn error(&self) -> std::io::Result<Option<std::io::Error>>;
 }
 
 impl Stream for TcpStream {
     fn another(&self) -> std::io::Result<TcpStream> {
         self.try_clone()
+    }
+
+    fn error(&self) -> std::io::Result<Option<std::io::Error>> {
+        self.take_error()
     }
 
     fn finish(&self) -> std::io::Result<()> {
@@ -50,6 +58,10 @@ impl Stream for TcpStream {
 impl Stream for SmcStream {
     fn another(&self) -> std::io::Result<SmcStream> {
         self.try_clone()
+    }
+
+    fn error(&self) -> std::io::Result<Option<std::io::Error>> {
+        self.take_error()
     }
 
     fn finish(&self) -> std::io::Result<()> {
@@ -153,7 +165,7 @@ fn number(words: &[&str], at: usize) -> Result<u64> {
 fn serve<S: Stream>(accept: &(dyn Fn() -> Result<S> + Sync), what: &[&str]) -> Result<Value> {
     match what {
         ["exchange", words @ ..] => exchange(accept, number(words, 0)?, number(words, 1)?, 1),
-        ["hang"] => hang(accept()?),
+        [how] => hang(accept()?, how),
         _ => bail!("there is no such thing to do"),
     }
 }
@@ -161,17 +173,26 @@ fn serve<S: Stream>(accept: &(dyn Fn() -> Result<S> + Sync), what: &[&str]) -> R
 fn use_it<S: Stream>(connect: &(dyn Fn() -> Result<S> + Sync), what: &[&str]) -> Result<Value> {
     match what {
         ["exchange", words @ ..] => exchange(connect, number(words, 0)?, number(words, 1)?, 2),
-        ["hang"] => hang(connect()?),
+        [how] => hang(connect()?, how),
         _ => bail!("there is no such thing to do"),
     }
 }
 
-/// Sends until it cannot, and reads until it ends: says how each ended.
-fn hang<S: Stream>(stream: S) -> Result<Value> {
+/// Sends until it cannot, and reads until it ends: says how each ended. Or only one of the two, or nothing at all.
+fn hang<S: Stream>(stream: S, how: &str) -> Result<Value> {
+    let (sends, reads) = match how {
+        "hang" => (true, true),
+        "listen" => (false, true),
+        "idle" => (false, false),
+        _ => bail!("there is no such thing to do"),
+    };
     let mut sender = stream.another()?;
     let mut receiver = stream;
     let sending = thread::spawn(move || {
         let buffer = vec![1; CHUNK];
+        if !sends {
+            return String::new();
+        }
         loop {
             if let Err(error) = sender.write_all(&buffer) {
                 return error.to_string();
@@ -180,9 +201,17 @@ fn hang<S: Stream>(stream: S) -> Result<Value> {
     });
     let (mut buffer, mut bytes) = (vec![0; CHUNK], 0);
     println!("hanging");
+    if !reads {
+        loop {
+            thread::park();
+        }
+    }
     let received = loop {
         match receiver.read(&mut buffer) {
-            Ok(0) => break "end".to_string(),
+            Ok(0) => match receiver.error()? {
+                None => break "end".to_string(),
+                Some(error) => break format!("end, because {error}"),
+            },
             Ok(count) => bytes += count,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => break error.to_string(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Programs of this package that are in every guest. Cargo builds them with the package's tests.
-const PROGRAMS: [&str; 3] = ["dmbridge-guest-agent", "vm-guest", "vm-sockets"];
+const PROGRAMS: [&str; 4] = ["dmbridge-guest-agent", "vm-file", "vm-guest", "vm-sockets"];
 
 /// A script of `qemu-scripts`.
 pub fn script(name: &str) -> PathBuf {

@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::fork::Process;
 use crate::shared::{SharedMemory, SharedSlice};
 use crate::sync::lock;
+use crate::will::Will;
 use dmbridge_proto::smc::cdc::{CDC_SIZE, CdcMessage, CursorWord, ProducerFlags, StateFlags};
 use dmbridge_proto::smc::connection::Connection;
 use dmbridge_proto::smc::cursor::Cursor;
@@ -58,21 +59,24 @@ pub(crate) struct Ends {
 
 /// What this side says in the consumer cursor's word, which both directions have a part in: how far the receiver has
 /// read, whether the sender waits, how far the connection is closed.
-#[derive(Debug)]
 struct Said {
     cursor: Cursor,
     flags: ProducerFlags,
     connection: Connection,
     /// How far the receiver has read when it was dropped.
     read: Option<Cursor>,
+    /// Says the last word, if this side cannot.
+    will: Option<Will>,
 }
 
 impl Ends {
     pub(crate) fn new(local: Arc<Dmb>, remote: Remote, tail: usize) -> Ends {
         let mut connection = Connection::new();
         connection.establish();
-        let said = Said { cursor: Cursor::default(), flags: ProducerFlags::empty(), connection, read: None };
         remote.init();
+        let will = remote.leave_will();
+        let (cursor, flags) = (Cursor::default(), ProducerFlags::empty());
+        let said = Said { cursor, flags, connection, read: None, will };
         let (stops, process) = (Arc::default(), Process::current());
         Ends { local, remote, tail, said: Mutex::new(said), stops, process }
     }
@@ -173,7 +177,12 @@ impl Ends {
             return Ok(());
         }
         let word = CursorWord { cursor: said.cursor, producer: said.flags, state: said.connection.flags() };
-        self.remote.store_cons(word, signal)
+        let result = self.remote.store_cons(word, signal);
+        if word.state.intersects(last) {
+            // From here on the peer may use its buffer for another connection.
+            said.will = None;
+        }
+        result
     }
 
     #[cfg(test)]

@@ -7,7 +7,10 @@ use super::ends::{Patience, cdc};
 use crate::dmb::{DmbState, RemoteDmb};
 use crate::error::Error;
 use crate::mover::Mover;
-use dmbridge_proto::smc::cdc::{CDC_KIND, CDC_SIZE, CONS_OFFSET, CursorWord, PROD_OFFSET};
+use crate::will::Will;
+use dmbridge_proto::smc::cdc::{
+    CDC_KIND, CDC_SIZE, CONS_OFFSET, CursorWord, PROD_OFFSET, STATE_OFFSET, StateFlags,
+};
 use std::fmt;
 use std::sync::Arc;
 
@@ -78,12 +81,25 @@ impl Remote {
         }
     }
 
-    /// Marks the CDC message as one.
+    /// Marks the CDC message as one, and says nothing yet.
     pub(crate) fn init(&self) {
         match self {
             Remote::Map(dmb) => cdc(dmb.memory()).init(),
-            // What makes it fail makes all that follows fail.
-            Remote::Move(moved) => drop(moved.mover.post(0, &CDC_KIND, None)),
+            Remote::Move(moved) => {
+                let mut message = [0; CDC_SIZE];
+                message[..CDC_KIND.len()].copy_from_slice(&CDC_KIND);
+                // What makes it fail makes all that follows fail.
+                drop(moved.mover.post(0, &message, None));
+            }
+        }
+    }
+
+    /// Has the peer told that the stream is broken off when this process ends.
+    pub(crate) fn leave_will(&self) -> Option<Will> {
+        let (offset, byte) = (STATE_OFFSET as u64, StateFlags::PEER_CONN_ABORT.bits());
+        match self {
+            Remote::Map(dmb) => dmb.leave_will(offset, byte, SIGNAL),
+            Remote::Move(moved) => moved.mover.leave_will(offset, byte, SIGNAL),
         }
     }
 

@@ -14,6 +14,7 @@ use crate::shared::SharedMemory;
 use crate::sync::lock;
 use crate::virtqueue::device_side::DeviceSide;
 use crate::virtqueue::{Piece, Virtqueue};
+use crate::will::LastMove;
 use crate::window::Window;
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
@@ -56,6 +57,17 @@ struct Move {
     reserved: u32,
 }
 
+/// `struct dmbridge_will`.
+#[repr(C)]
+struct LeaveWill {
+    token: u64,
+    offset: u64,
+    mask: u64,
+    data: [u8; 8],
+    len: u32,
+    reserved: u32,
+}
+
 /// The number of an ioctl: its direction, the size of its argument, the module's letter and its own number.
 const fn ioctl_number(direction: u32, size: usize, number: u32) -> libc::Ioctl {
     (direction << 30 | (size as u32) << 16 | 0xdb << 8 | number) as libc::Ioctl
@@ -64,6 +76,8 @@ const fn ioctl_number(direction: u32, size: usize, number: u32) -> libc::Ioctl {
 const INFO: libc::Ioctl = ioctl_number(2, size_of::<Info>(), 0);
 const COMMAND: libc::Ioctl = ioctl_number(1, size_of::<Request>(), 1);
 const MOVE: libc::Ioctl = ioctl_number(1, size_of::<Move>(), 2);
+const LEAVE_WILL: libc::Ioctl = ioctl_number(1, size_of::<LeaveWill>(), 3);
+const WITHDRAW_WILL: libc::Ioctl = ioctl_number(0, 0, 4);
 
 /// Commands that map or unmap, by class and number.
 const REGISTER: (u8, u8) = (1, 0);
@@ -187,33 +201,47 @@ impl Chardev {
             self.unmap(what == UNREGISTER, word(&command, 8));
         }
         let mut answer = vec![0; room as usize];
+        let Some(len) = self.ask(&command, &mut answer) else { return Vec::new() };
+        answer.truncate(len);
+        if answer.first() == Some(&0) {
+            let (token, undo, mapped) = match what {
+                REGISTER => {
+                    let token = word(&answer, 8);
+                    (token, UNREGISTER, self.map(true, token, word(&answer, 16), word(&answer, 32)))
+                }
+                ATTACH => {
+                    let token = word(&command, 8);
+                    (token, DETACH, self.map(false, token, word(&answer, 24), word(&answer, 40)))
+                }
+                _ => return answer,
+            };
+            if let Err(error) = mapped {
+                // As a front-end that cannot map: the device answers that, and nothing was done.
+                tracing::debug!("{:?}: a DMB cannot be mapped: {error}", self.file);
+                let mut command = vec![undo.0, undo.1, 0, 0, 0, 0, 0, 0];
+                command.extend(token.to_le_bytes());
+                self.ask(&command, &mut [0; 8]);
+                return vec![libc::EIO as u8, 0, 0, 0, 0, 0, 0, 0];
+            }
+        }
+        answer
+    }
+
+    /// Has the kernel do a command; the length of its answer, or `None` if the device is gone.
+    fn ask(&self, command: &[u8], answer: &mut [u8]) -> Option<usize> {
         let request = Request {
             command: command.as_ptr() as u64,
             answer: answer.as_mut_ptr() as u64,
             command_len: command.len() as u32,
-            answer_len: room,
+            answer_len: answer.len() as u32,
         };
         // SAFETY: reads one such structure, and the command; writes at most `answer_len` bytes of the answer.
         let len = unsafe { libc::ioctl(self.file.as_raw_fd(), COMMAND, &raw const request) };
         if len < 0 {
-            // The device is gone, which its descriptor says too.
+            // Its descriptor says so too.
             self.give_up();
-            return Vec::new();
         }
-        answer.truncate(len as usize);
-        if answer.first() == Some(&0) {
-            let mapped = match what {
-                REGISTER => self.map(true, word(&answer, 8), word(&answer, 16), word(&answer, 32)),
-                ATTACH => self.map(false, word(&command, 8), word(&answer, 24), word(&answer, 40)),
-                _ => Ok(()),
-            };
-            if let Err(error) = mapped {
-                tracing::warn!("{:?}: a DMB cannot be mapped: {error}", self.file);
-                self.give_up();
-                return Vec::new();
-            }
-        }
-        answer
+        usize::try_from(len).ok()
     }
 
     /// Maps a DMB with its control line's page, which lies before it.
@@ -349,6 +377,24 @@ impl Transport for Chardev {
         Some(self.file.as_fd())
     }
 
+    fn leave_will(&self, last: &LastMove) -> Option<libc::c_ulong> {
+        let LastMove { token, offset, byte, mask } = *last;
+        let data = [byte, 0, 0, 0, 0, 0, 0, 0];
+        let will = LeaveWill { token: token.to_bits(), offset, mask, data, len: 1, reserved: 0 };
+        // SAFETY: reads one such structure.
+        let number = unsafe { libc::ioctl(self.file.as_raw_fd(), LEAVE_WILL, &raw const will) };
+        if number <= 0 {
+            // A module of an earlier version knows of no wills: then the peer learns of an end later.
+            tracing::debug!("no will for {token}: {}", io::Error::last_os_error());
+        }
+        libc::c_ulong::try_from(number).ok().filter(|number| *number != 0)
+    }
+
+    fn withdraw_will(&self, number: libc::c_ulong) {
+        // SAFETY: its argument is a number.
+        unsafe { libc::ioctl(self.file.as_raw_fd(), WITHDRAW_WILL, number) };
+    }
+
     /// Reads events.
     fn serve(&self) -> Result<(), Error> {
         let mut bytes = [0; 32 * EVENT];
@@ -386,6 +432,7 @@ mod tests {
     #[test]
     fn the_numbers_of_the_ioctls_are_those_of_the_header() {
         assert_eq!((INFO, COMMAND, MOVE), (0x8090_db00, 0x4018_db01, 0x4030_db02));
+        assert_eq!((LEAVE_WILL, WITHDRAW_WILL), (0x4028_db03, 0xdb04));
     }
 
     #[test]

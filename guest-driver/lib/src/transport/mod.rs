@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::proto::features::Features;
 use crate::ram::DmaBuffer;
 use crate::virtqueue::Virtqueue;
+use crate::will::LastMove;
 use crate::window::Window;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::BorrowedFd;
@@ -60,6 +61,14 @@ pub(crate) trait Transport: Send + Sync {
     fn is_deaf(&self) -> bool {
         false
     }
+
+    /// Has a move made when this process ends, where the device does not go with the process; the move's number.
+    fn leave_will(&self, _: &LastMove) -> Option<libc::c_ulong> {
+        None
+    }
+
+    /// That move is not to be made.
+    fn withdraw_will(&self, _: libc::c_ulong) {}
 
     /// Does what the device asks of its front-end, as far as it has asked; does not block.
     fn serve(&self) -> Result<(), Error>;
