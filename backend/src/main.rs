@@ -13,7 +13,7 @@ use dmbridged::hub::DEFAULT_SOCKET_MODE;
 use dmbridged::settings::Settings;
 use dmbridged::socket::Socket;
 use nix::sys::signal::{SigSet, Signal};
-use std::io::{IsTerminal, stderr};
+use std::io::{IsTerminal, Write, stderr, stdout};
 use std::process::ExitCode;
 
 /// Exit codes: 0 when told to end, 1 for a failure, 2 for something that was asked for and cannot be.
@@ -21,8 +21,7 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     if Args::wants_capabilities() {
-        println!("{}", capabilities::json());
-        return ExitCode::SUCCESS;
+        return say(&capabilities::json());
     }
     let args = Args::parse();
     let (log, check) = (args.log, args.check);
@@ -34,8 +33,7 @@ fn main() -> ExitCode {
         }
     };
     if check {
-        println!("the configuration is good: {}", summary(&settings));
-        return ExitCode::SUCCESS;
+        return say(&format!("the configuration is good: {}", summary(&settings)));
     }
     tracing_subscriber::fmt()
         .with_max_level(log)
@@ -46,6 +44,17 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("dmbridged: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Answers what was asked on the command line, if somebody still reads it.
+fn say(answer: &str) -> ExitCode {
+    match writeln!(stdout(), "{answer}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dmbridged: standard output cannot be written: {error}");
             ExitCode::FAILURE
         }
     }

@@ -5,10 +5,45 @@ use http_body_util::{BodyExt, Empty};
 use hyper::Request;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
+
+use crate::out;
+
+/// Where a daemon that was told nothing else by its package listens.
+pub const SOCKET: &str = "/run/dmbridge/control.sock";
+
+/// Which daemon is asked, and how its answer is shown.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The daemon's control socket
+    #[arg(long, value_name = "SOCKET", default_value = SOCKET)]
+    control: PathBuf,
+    /// Print the daemon's answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    /// Shows a resource: all of the answer as JSON, or what `text` makes of the part that is taken from it.
+    pub fn show<T: DeserializeOwned>(&self, resource: &str, text: impl FnOnce(&T) -> String) -> Result<()> {
+        let (all, part) = ask(&self.control, resource)?;
+        if self.json { out::json(&all) } else { out::text(text(&part)) }
+    }
+}
+
+/// What a daemon answers, and the part of it that is taken.
+pub fn ask<T: DeserializeOwned>(socket: &Path, resource: &str) -> Result<(Value, T)> {
+    let answer = get(socket, resource)?;
+    let not_ours = || format!("{} is not a dmbridged's control socket", socket.display());
+    let value: Value = serde_json::from_slice(&answer).with_context(not_ours)?;
+    let part = T::deserialize(&value).with_context(not_ours)?;
+    Ok((value, part))
+}
 
 /// Why nobody can be asked there, and what to do.
 fn explain(socket: &Path, error: &io::Error) -> anyhow::Error {

@@ -1,35 +1,21 @@
 //! `dmbridge devices`: what a daemon serves, as a table or as the daemon's own JSON.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
-use std::io::Write;
-use std::path::PathBuf;
 
 use crate::control;
 use crate::report::{Device, bytes};
 
 /// What the columns are.
-const COLUMNS: &str = "Columns:
+pub const COLUMNS: &str = "Columns:
   PID         process of the front-end: a VMM, or a program that uses the library
-  STATE       absent: nobody is connected · connected: no driver has started the device · maps · moves only
+  STATE       absent: nobody is connected · connected: no driver has started the device · maps · moves only · paused
   DMBS        buffers that it owns: it reads them, others write them
   ATTACHED    buffers of others that it has mapped
   EXTENTS     pieces of memory in its window, which hold the buffers of one pair of devices each
   MAPPED      their sizes together
   MOVES       copies that the daemon made for it; MOVED: bytes of these
   SIGNALS     how often it woke somebody; SUPPRESSED: how often that was not needed";
-
-/// What `dmbridge devices` is asked for.
-#[derive(clap::Args)]
-#[command(after_help = COLUMNS)]
-pub struct Args {
-    /// The daemon's control socket
-    #[arg(long, value_name = "SOCKET", default_value = "/run/dmbridge/control.sock")]
-    control: PathBuf,
-    /// Print the daemon's report as JSON
-    #[arg(long)]
-    json: bool,
-}
 
 /// What is shown of the daemon's report (`docs/dmbridged.md`).
 #[derive(Deserialize)]
@@ -38,19 +24,8 @@ struct Report {
 }
 
 /// Asks, and shows.
-pub fn run(args: Args) -> Result<()> {
-    let answer = control::get(&args.control, "/v1/report")?;
-    let report: Report = serde_json::from_slice(&answer)
-        .with_context(|| format!("{} is not a dmbridged's control socket", args.control.display()))?;
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        let value: serde_json::Value = serde_json::from_slice(&answer)?;
-        serde_json::to_writer_pretty(&mut out, &value)?;
-        writeln!(out)?;
-    } else {
-        write!(out, "{}", table(&report.devices))?;
-    }
-    Ok(())
+pub fn run(args: control::Args) -> Result<()> {
+    args.show("/v1/report", |report: &Report| table(&report.devices))
 }
 
 fn table(devices: &[Device]) -> String {

@@ -1,23 +1,10 @@
 //! `dmbridge engines`: what copies in a daemon, as tables or as the daemon's own JSON.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
-use std::fmt::Write as _;
-use std::io::Write;
-use std::path::PathBuf;
+use std::fmt::Write;
 
 use crate::control;
-
-/// What `dmbridge engines` is asked for.
-#[derive(clap::Args)]
-pub struct Args {
-    /// The daemon's control socket
-    #[arg(long, value_name = "SOCKET", default_value = "/run/dmbridge/control.sock")]
-    control: PathBuf,
-    /// Print the daemon's answer as JSON
-    #[arg(long)]
-    json: bool,
-}
 
 /// What is shown of the daemon's answer (`docs/numa.md`).
 #[derive(Deserialize)]
@@ -62,19 +49,8 @@ struct Cost {
 }
 
 /// Asks, and shows.
-pub fn run(args: Args) -> Result<()> {
-    let answer = control::get(&args.control, "/v1/engines")?;
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        let value: serde_json::Value = serde_json::from_slice(&answer)?;
-        serde_json::to_writer_pretty(&mut out, &value)?;
-        writeln!(out)?;
-    } else {
-        let engines: Engines = serde_json::from_slice(&answer)
-            .with_context(|| format!("{} is not a dmbridged's control socket", args.control.display()))?;
-        write!(out, "{}", text(&engines))?;
-    }
-    Ok(())
+pub fn run(args: control::Args) -> Result<()> {
+    args.show("/v1/engines", text)
 }
 
 fn text(all: &Engines) -> String {

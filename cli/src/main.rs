@@ -9,6 +9,7 @@ mod daemon;
 mod demo;
 mod devices;
 mod engines;
+mod out;
 mod pair;
 mod process;
 mod rendezvous;
@@ -24,7 +25,7 @@ use std::process::ExitCode;
 /// What to type first.
 const FIRST_STEPS: &str = "First steps:
   dmbridge demo                     needs nothing else: starts a daemon of its own
-  dmbridged --hub /run/dmbridge/hub.sock --control /run/dmbridge/control.sock
+  mkdir -p /run/dmbridge; dmbridged --hub /run/dmbridge/hub.sock --control /run/dmbridge/control.sock
   dmbridge devices                  once that daemon runs
   dmbridge bench --quick            see that everything is there before minutes are spent on measuring
   dmbridge bench --vms --quick      the same between two virtual machines";
@@ -44,9 +45,10 @@ enum Command {
     /// Measure latency, rates and bandwidth against what a process could use instead, and against the machine's limits
     Bench(bench::Args),
     /// List the devices that a daemon serves, with what each has and did
-    Devices(devices::Args),
+    #[command(after_help = devices::COLUMNS)]
+    Devices(control::Args),
     /// Show what copies in a daemon: how fast each engine is here, which is used for what, and how often
-    Engines(engines::Args),
+    Engines(control::Args),
     /// Draw the host's NUMA nodes and accelerators, with a daemon's devices and extents in them
     Topology(topology::Args),
     /// In a guest: prepare AF_SMC (modules, user EID, buffers), and show whether it is really used

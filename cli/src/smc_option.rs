@@ -1,5 +1,7 @@
 //! `dmbridge smc-option`: lets programs say by TCP's option that they speak SMC, for sockets of Linux's AF_SMC.
 
+use crate::out;
+
 /// What `dmbridge smc-option` is asked for.
 #[derive(clap::Args)]
 pub struct Args {
@@ -17,9 +19,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         (_, true) => dmbridge_smc_option::remove()?,
         _ => dmbridge_smc_option::install()?,
     }
-    match dmbridge_smc_option::is_installed() {
-        true => println!("programs can say that they speak SMC"),
-        false => println!("programs are plain TCP ones to AF_SMC"),
-    }
-    Ok(())
+    out::line(match dmbridge_smc_option::is_installed() {
+        true => "programs can say that they speak SMC",
+        false => "programs are plain TCP ones to AF_SMC",
+    })
 }

@@ -112,6 +112,20 @@ fn a_result_that_cannot_be_written_is_refused_before_anything_is_measured() {
 }
 
 #[test]
+fn an_output_that_takes_nothing_is_an_error_and_no_panic() {
+    for args in [
+        &["topology"][..],
+        &["bench", "--quick", "--rounds", "1", "--case", "latency-14", "--transport", "uds"],
+    ] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_dmbridge")).args(args).stdout(full).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains("standard output cannot be written: No space left"), "{args:?}: {said}");
+    }
+}
+
+#[test]
 fn a_socket_that_is_no_daemons_is_told_apart() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");

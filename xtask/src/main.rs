@@ -133,7 +133,7 @@ fn test(fuzz_seconds: u32, filter: &[String]) -> Result<()> {
         loom()?;
         fuzz(fuzz_seconds)?;
     }
-    println!("\nAll tests passed.");
+    eprintln!("\nAll tests passed.");
     Ok(())
 }
 
@@ -282,6 +282,6 @@ fn lint() -> Result<()> {
         "bans",
         "sources",
     ]))?;
-    println!("\nNothing to complain about.");
+    eprintln!("\nNothing to complain about.");
     Ok(())
 }

@@ -10,6 +10,7 @@ use super::measure::Outcome;
 use super::plan::{Job, Site};
 use super::transport;
 use super::vms::Vms;
+use crate::out;
 use crate::pair::{self, PairArgs, Role};
 use crate::process;
 use crate::rendezvous::Rendezvous;
@@ -68,8 +69,7 @@ pub fn work(args: PairArgs) -> Result<()> {
         Ok(None) => Report::Helped,
         Err(error) => Report::Failed(format!("{error:#}")),
     };
-    println!("{}", serde_json::to_string(&report)?);
-    Ok(())
+    out::line(serde_json::to_string(&report)?)
 }
 
 fn take_part(args: PairArgs, rendezvous: Rendezvous) -> Result<Option<Outcome>> {

@@ -31,13 +31,14 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use self::case::patterns;
 use crate::daemon::{self, Daemon};
+use crate::out;
 use crate::process::find_program;
 use crate::scratch::{self, Scratch};
 use crate::usage::usage;
@@ -138,10 +139,10 @@ const STDOUT: &str = "-";
 /// Shows the results as they were asked for. The table first: what it took minutes to find out is not lost with a full disk.
 fn show(args: &Args, run: &Run) -> Result<()> {
     if !args.files().any(|file| file == Path::new(STDOUT)) {
-        print!("{}", table::text(run));
+        out::text(table::text(run))?;
     }
     let write = |file: &Path, text: String| match file == Path::new(STDOUT) {
-        true => std::io::stdout().write_all(text.as_bytes()).context("standard output cannot be written"),
+        true => out::text(text),
         false => scratch::write(file, text),
     };
     let json = args.json.as_ref().map_or(Ok(()), |file| write(file, json::text(run)?));

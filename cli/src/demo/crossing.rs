@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::content::{Content, Reader};
+use crate::out;
 use crate::pair::{PairArgs, Role};
 use crate::rendezvous::Rendezvous;
 
@@ -70,8 +71,7 @@ pub fn work(args: PairArgs) -> Result<()> {
 }
 
 fn say(said: &Said) -> Result<()> {
-    println!("{}", serde_json::to_string(said)?);
-    Ok(())
+    out::line(serde_json::to_string(said)?)
 }
 
 fn take_part(args: &PairArgs, rendezvous: &Rendezvous) -> Result<End> {

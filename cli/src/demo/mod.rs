@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::daemon::Daemon;
+use crate::out;
 use crate::pair::{self, Role};
 use crate::report;
 use crate::scratch::Scratch;
@@ -71,24 +72,24 @@ pub fn run(args: Args) -> Result<()> {
     let scratch = Scratch::new(|_| {})?;
     let daemon = Daemon::start(&scratch)?;
     if !args.json {
-        println!("{content}, between two processes, each with a device of its own:");
+        out::line(format!("{content}, between two processes, each with a device of its own:"))?;
     }
     let cross = |map: bool| -> Result<Crossed> {
         let job = Job { hub: daemon.hub().to_owned(), file: args.file.clone(), map };
         let way = if map { "map" } else { "move" };
         let crossed = cross(&job, content.bytes(), way).with_context(|| format!("the {way} failed"))?;
         if !args.json {
-            println!("{}", line(way, &crossed));
+            out::line(line(way, &crossed))?;
         }
         Ok(crossed)
     };
     let results = Results { map: cross(true)?, r#move: cross(false)? };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&results)?);
+        out::json(&results)?;
     } else {
-        println!(
-            "A rate is that of crossing; in brackets, with reading and SHA-256 at both ends, one after the other."
-        );
+        out::line(
+            "A rate is that of crossing; in brackets, with reading and SHA-256 at both ends, one after the other.",
+        )?;
     }
     if !(results.map.verified && results.r#move.verified) {
         bail!("what arrived is not what was sent");

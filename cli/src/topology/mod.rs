@@ -9,13 +9,13 @@
 mod draw;
 mod host;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::control;
+use crate::out;
 use crate::report::{Device, Extent};
 use host::Host;
 
@@ -29,9 +29,6 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 }
-
-/// Where a daemon that was told nothing else by its package listens.
-const CONTROL: &str = "/run/dmbridge/control.sock";
 
 /// What is taken of the daemon's report.
 #[derive(Deserialize)]
@@ -55,30 +52,21 @@ struct Document<'a> {
 /// Looks, asks, and shows.
 pub fn run(args: Args) -> Result<()> {
     let host = Host::look();
-    let socket = args.control.clone().unwrap_or_else(|| CONTROL.into());
+    let socket = args.control.clone().unwrap_or_else(|| control::SOCKET.into());
     // Who names a daemon wants it; who names none may have none.
     let wanted = args.control.is_some() || socket.exists();
-    let answer = wanted.then(|| ask(&socket)).transpose()?;
-    let mut out = std::io::stdout().lock();
+    let answer = wanted.then(|| control::ask::<Report>(&socket, "/v1/report")).transpose()?;
     if args.json {
         let daemon = answer.map(|(value, _)| about_places(&value));
-        serde_json::to_writer_pretty(&mut out, &Document { host: &host, daemon })?;
-        writeln!(out)?;
-    } else {
-        write!(out, "{}", draw::text(&host, answer.as_ref().map(|(_, report)| report)))?;
-        if answer.is_none() {
-            writeln!(out, "\nno daemon at {CONTROL}; name its control socket with --control")?;
+        return out::json(&Document { host: &host, daemon });
+    }
+    out::text(draw::text(&host, answer.as_ref().map(|(_, report)| report)))?;
+    match answer {
+        Some(_) => Ok(()),
+        None => {
+            out::line(format!("\nno daemon at {}; name its control socket with --control", control::SOCKET))
         }
     }
-    Ok(())
-}
-
-fn ask(socket: &Path) -> Result<(Value, Report)> {
-    let answer = control::get(socket, "/v1/report")?;
-    let not_ours = || format!("{} is not a dmbridged's control socket", socket.display());
-    let value: Value = serde_json::from_slice(&answer).with_context(not_ours)?;
-    let report = Report::deserialize(&value).with_context(not_ours)?;
-    Ok((value, report))
 }
 
 fn about_places(report: &Value) -> Value {

@@ -8,6 +8,8 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::out;
+
 /// Name of the hidden subcommand.
 pub const CLIENT: &str = "bench-idle";
 
@@ -66,8 +68,7 @@ pub fn work(args: ClientArgs) -> Result<()> {
         requests += 1;
     }
     let rate = f64::from(requests) / start.elapsed().as_secs_f64();
-    println!("{}", serde_json::to_string(&Found { silent, rate })?);
-    Ok(())
+    out::line(serde_json::to_string(&Found { silent, rate })?)
 }
 
 /// A request and its answer.
