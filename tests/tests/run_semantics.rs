@@ -34,6 +34,21 @@ fn several_connections_threads_and_signals_are_as_with_tcp() {
 }
 
 #[test]
+fn calls_that_few_programs_make_are_as_with_tcp() {
+    let daemon = daemon();
+    let corners = env!("CARGO_BIN_EXE_socket-corners");
+    // It finds the other end's program next to itself.
+    let _ = env!("CARGO_BIN_EXE_socket-scenes");
+    let plain = Way::Plain.run(corners, &[]);
+    let moved = Way::Dmbridge(&daemon).run(corners, &[]);
+    assert!(moved.counter("directions of connections that moved to DMBs") > 30, "{}", moved.err);
+    for (want, is) in plain.out.lines().zip(moved.out.lines()) {
+        assert_eq!(is, want);
+    }
+    assert_eq!(moved.out.len(), plain.out.len());
+}
+
+#[test]
 fn without_a_daemon_everything_is_tcp() {
     let daemon = daemon();
     let hub = daemon.hub();

@@ -51,14 +51,14 @@ fn new_memory() -> Option<c_int> {
         if libc::getrlimit(libc::RLIMIT_FSIZE, &mut limit) != 0 || limit.rlim_cur < size as u64 {
             return None;
         }
-        let memory = libc::memfd_create(c"dmbridge-run".as_ptr(), libc::MFD_CLOEXEC);
+        let memory = real::memfd_create(c"dmbridge-run".as_ptr(), libc::MFD_CLOEXEC);
         if libc::ftruncate(memory, size as i64) != 0 {
             real::close(memory);
             return None;
         }
-        [memory, libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)]
+        [memory, real::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)]
     };
-    keep_files(new.map(out_of_the_way));
+    keep_files(new.map(own));
     Some(files()[0])
 }
 
@@ -74,10 +74,14 @@ fn map(memory: c_int) -> Option<&'static Arena> {
     }
 }
 
-/// The same descriptor with a number that programs do not use.
-fn out_of_the_way(fd: c_int) -> c_int {
+/// A new descriptor is ours: has a number that programs do not use, and is closed by nobody else, even if a program closes all
+/// that there are.
+pub fn own(fd: c_int) -> c_int {
+    if fd < 0 {
+        return fd;
+    }
     // SAFETY: a descriptor of ours.
-    unsafe {
+    let own = errno::keep(|| unsafe {
         match real::fcntl(fd, libc::F_DUPFD_CLOEXEC, HIGH) {
             -1 => fd,
             high => {
@@ -85,15 +89,38 @@ fn out_of_the_way(fd: c_int) -> c_int {
                 high
             }
         }
+    });
+    mark(own);
+    own
+}
+
+fn mark(fd: c_int) {
+    if let Some(entry) = table::get(fd) {
+        entry.start(fd, Kind::Ours, false);
+    }
+}
+
+/// Closes a descriptor of ours.
+pub fn disown(fd: c_int) {
+    if let Some(entry) = table::get(fd) {
+        entry.set_kind(Kind::Other);
+    }
+    // SAFETY: ours.
+    errno::keep(|| unsafe { real::close(fd) });
+}
+
+/// In a fork's child, where the thread that used them is not: they are closed with all others there.
+pub fn disown_all() {
+    let files = files();
+    for (_, entry) in table::all().filter(|(fd, entry)| entry.kind() == Kind::Ours && !files.contains(fd)) {
+        entry.set_kind(Kind::Other);
     }
 }
 
 fn keep_files(files: [c_int; 2]) {
     for (at, fd) in FILES.iter().zip(files) {
         at.store(fd, Ordering::Release);
-        if let Some(entry) = table::get(fd) {
-            entry.start(fd, Kind::Ours, false);
-        }
+        mark(fd);
     }
 }
 
@@ -111,9 +138,7 @@ pub fn make_way(fd: c_int) {
         if let Some(entry) = table::get(fd) {
             entry.set_kind(Kind::Other);
         }
-        if let Some(entry) = table::get(to) {
-            entry.start(to, Kind::Ours, false);
-        }
+        mark(to);
     }
 }
 

@@ -11,11 +11,11 @@ use crate::crowd;
 use crate::lock::Lock;
 use crate::real;
 use crate::table::{self, Entry, Kind};
-use crate::{errno, handover};
+use crate::{arena, errno, handover, poll, service};
 use dmbridge::Spinner;
 use libc::{
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLEXCLUSIVE, EPOLLHUP, EPOLLIN,
-    EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP, c_int, epoll_event, sigset_t, timespec,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLEXCLUSIVE, EPOLLHUP, EPOLLONESHOT,
+    EPOLLRDHUP, c_int, epoll_event, sigset_t, timespec,
 };
 use std::cell::UnsafeCell;
 use std::ptr::null;
@@ -26,10 +26,10 @@ use std::time::{Duration, Instant};
 mod wait;
 
 use wait::Out;
-pub use wait::Until;
+pub use wait::{Until, epoll_wait};
 
-const IN: u32 = EPOLLIN as u32;
-const OUT: u32 = EPOLLOUT as u32;
+const IN: u32 = poll::IN as u32;
+const OUT: u32 = poll::OUT as u32;
 const RDHUP: u32 = EPOLLRDHUP as u32;
 const ALWAYS: u32 = (EPOLLERR | EPOLLHUP) as u32;
 const EDGE: u32 = EPOLLET as u32;
@@ -64,7 +64,7 @@ struct Inner {
 
 /// What the program asked an instance to tell it of a descriptor.
 struct Registration {
-    epoll: c_int,
+    set: &'static Set,
     events: u32,
     data: u64,
     /// The kernel has our token.
@@ -83,6 +83,8 @@ struct Registration {
 /// An epoll instance.
 pub struct Set {
     lock: Lock,
+    /// A descriptor of it: programs make copies of one, and register by one and wait by another. -1: none.
+    fd: AtomicI32,
     hot: UnsafeCell<Vec<c_int>>,
     /// Instances that are registered in this one.
     nested: UnsafeCell<Vec<c_int>>,
@@ -117,6 +119,7 @@ impl Default for Set {
         Set {
             // SAFETY: all-zero bytes are a free Lock.
             lock: unsafe { std::mem::zeroed() },
+            fd: AtomicI32::new(-1),
             hot: UnsafeCell::default(),
             nested: UnsafeCell::default(),
             converted: AtomicU32::new(0),
@@ -142,9 +145,7 @@ impl Registrations {
     pub fn clear(&self) {
         let old = self.with(std::mem::take);
         for registration in old.list.iter().filter(|r| r.converted) {
-            if let Some(set) = table::get(registration.epoll).and_then(Entry::set) {
-                set.lose();
-            }
+            registration.set.lose();
         }
     }
 
@@ -198,14 +199,15 @@ impl Set {
         errno::keep(|| unsafe { real::read(self.bell.load(Ordering::Acquire), (&raw mut count).cast(), 8) });
     }
 
-    fn make_bell(&self, epoll: c_int) {
+    fn make_bell(&self) {
+        let epoll = self.fd.load(Ordering::Acquire);
         if self.bell.load(Ordering::Acquire) != 0 {
             return;
         }
         errno::keep(|| {
             // SAFETY: a new eventfd, registered in the program's instance.
             unsafe {
-                let bell = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+                let bell = arena::own(real::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK));
                 let mut event = epoll_event { events: IN | EDGE, u64: BELL };
                 if bell > 0
                     && real::epoll_ctl(epoll, EPOLL_CTL_ADD, bell, &mut event) == 0
@@ -213,16 +215,25 @@ impl Set {
                 {
                     return;
                 }
-                real::close(bell);
+                arena::disown(bell);
             }
         });
     }
 
-    /// The instance was closed. What was registered with it is not any more.
-    pub fn close(&self, epoll: c_int) {
+    /// A descriptor of the instance is about to be closed. True: another one is left. With the last one, what was registered
+    /// with it is not any more.
+    pub fn close(&self, epoll: c_int) -> bool {
+        let other = table::all().find(|(fd, entry)| {
+            *fd != epoll && entry.kind() == Kind::Epoll && entry.set().is_some_and(|set| set.is(self))
+        });
+        if let Some((other, _)) = other {
+            self.fd.store(other, Ordering::Release);
+            return true;
+        }
+        self.fd.store(-1, Ordering::Release);
         for (_, entry) in table::all() {
             if let Some(registrations) = entry.registrations() {
-                registrations.with(|inner| inner.list.retain(|r| r.epoll != epoll));
+                registrations.with(|inner| inner.list.retain(|r| !r.set.is(self)));
             }
         }
         self.with_hot(Vec::clear);
@@ -235,9 +246,13 @@ impl Set {
         self.converted.store(0, Ordering::Release);
         let bell = self.bell.swap(0, Ordering::AcqRel);
         if bell > 0 {
-            // SAFETY: our eventfd.
-            errno::keep(|| unsafe { real::close(bell) });
+            arena::disown(bell);
         }
+        false
+    }
+
+    fn is(&self, other: &Set) -> bool {
+        std::ptr::eq(self, other)
     }
 
     fn has_moved(&self) -> bool {
@@ -260,14 +275,14 @@ impl Set {
 
     /// Before the kernel is asked about this instance by way of another one, or of `poll`: arms what is hot, here and in what
     /// is nested here, or makes the kernel say that there is something.
-    pub fn prepare(&self, epoll: c_int) {
-        self.prepare_to(NESTS, epoll);
+    pub fn prepare(&self) {
+        self.prepare_to(NESTS);
     }
 
-    fn prepare_to(&self, depth: u32, epoll: c_int) {
+    fn prepare_to(&self, depth: u32) {
         self.watched.store(true, Ordering::Relaxed);
         self.prepare_nested(depth);
-        if self.has_moved() && !self.arm(epoll) {
+        if self.has_moved() && !self.arm() {
             self.ring();
         }
     }
@@ -282,7 +297,7 @@ impl Set {
         for inner in nested.into_iter().filter(|_| depth != 0) {
             let entry = table::get(inner).filter(|entry| entry.kind() == Kind::Epoll);
             if let Some(set) = entry.and_then(Entry::set) {
-                set.prepare_to(depth - 1, inner);
+                set.prepare_to(depth - 1);
             }
         }
     }
@@ -298,7 +313,7 @@ impl Set {
     }
 
     /// Arms everything that is hot. False if something is ready.
-    fn arm(&self, epoll: c_int) -> bool {
+    fn arm(&self) -> bool {
         self.with_hot(|hot| {
             let mut quiet = true;
             let sleep = self.next_sleep();
@@ -306,7 +321,7 @@ impl Set {
                 let Some((entry, conn)) = converted(fd) else { return false };
                 let Some(registrations) = entry.registrations() else { return false };
                 registrations.with(|inner| {
-                    let Some(r) = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted) else {
+                    let Some(r) = inner.list.iter_mut().find(|r| r.set.is(self) && r.converted) else {
                         return false;
                     };
                     r.idle += 1;
@@ -322,12 +337,12 @@ impl Set {
     }
 
     /// Forgets all that is hot, and has each of them wake by itself.
-    fn cool(&self, epoll: c_int) {
+    fn cool(&self) {
         self.with_hot(|hot| {
             hot.retain(|&fd| {
                 let quiet = converted(fd).and_then(|(entry, conn)| {
                     entry.registrations()?.with(|inner| {
-                        let r = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted)?;
+                        let r = inner.list.iter_mut().find(|r| r.set.is(self) && r.converted)?;
                         r.idle = 0;
                         Some(r.arm(fd, conn, 0))
                     })
@@ -362,16 +377,13 @@ impl Set {
     }
 
     /// Whether something hot is ready.
-    fn any_ready(&self, epoll: c_int) -> bool {
+    fn any_ready(&self) -> bool {
         self.with_hot(|hot| {
             hot.iter().any(|&fd| {
                 converted(fd).is_some_and(|(entry, conn)| {
                     entry.registrations().is_some_and(|registrations| {
                         registrations.with(|inner| {
-                            inner
-                                .list
-                                .iter()
-                                .any(|r| r.epoll == epoll && r.converted && r.peek(fd, conn) != 0)
+                            inner.list.iter().any(|r| r.set.is(self) && r.converted && r.peek(fd, conn) != 0)
                         })
                     })
                 })
@@ -380,7 +392,7 @@ impl Set {
     }
 
     /// Tells of what is hot and ready.
-    fn collect(&self, epoll: c_int, to: &mut Out) {
+    fn collect(&self, to: &mut Out) {
         self.with_hot(|hot| {
             let mut at = 0;
             let mut looked = 0;
@@ -390,7 +402,7 @@ impl Set {
                 let fd = hot[at];
                 let keep = converted(fd).and_then(|(entry, conn)| {
                     entry.registrations()?.with(|inner| {
-                        let r = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted)?;
+                        let r = inner.list.iter_mut().find(|r| r.set.is(self) && r.converted)?;
                         let events = r.take(fd, conn);
                         if events != 0 {
                             r.idle = 0;
@@ -419,7 +431,7 @@ impl Set {
     }
 
     /// Translates what the kernel said, which lies behind what was told already.
-    fn translate(&self, epoll: c_int, to: &mut Out, count: usize) {
+    fn translate(&self, to: &mut Out, count: usize) {
         let mut busy = false;
         for i in 0..count {
             let event = to.raw(i);
@@ -438,7 +450,7 @@ impl Set {
             conn.look_at_edge(fd, events & (RDHUP | ALWAYS) != 0);
             let Some(registrations) = entry.registrations() else { continue };
             let told = registrations.with(|inner| {
-                let r = inner.list.iter_mut().find(|r| r.epoll == epoll && r.converted)?;
+                let r = inner.list.iter_mut().find(|r| r.set.is(self) && r.converted)?;
                 if r.fired {
                     return None;
                 }
@@ -583,8 +595,9 @@ impl Registration {
         if wanted != self.kernel {
             self.kernel = wanted;
             let mut event = epoll_event { events: wanted, u64: TOKEN | fd as u32 as u64 };
+            let epoll = self.set.fd.load(Ordering::Acquire);
             // SAFETY: an event.
-            errno::keep(|| unsafe { real::epoll_ctl(self.epoll, EPOLL_CTL_MOD, fd, &mut event) });
+            errno::keep(|| unsafe { real::epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &mut event) });
         }
     }
 }
@@ -601,13 +614,12 @@ pub fn convert(fd: c_int, entry: &Entry) {
     entry.registrations_or_new().with(|inner| {
         inner.linked = true;
         for r in inner.list.iter_mut().filter(|r| !r.converted) {
-            let set = table::get(r.epoll).map(Entry::set_or_new);
-            let Some(set) = set else { continue };
+            let set = r.set;
             r.converted = true;
             conn.set_watched();
             // Before the token: who gets it has to know that there are tokens.
             set.converted.fetch_add(1, Ordering::AcqRel);
-            set.make_bell(r.epoll);
+            set.make_bell();
             // The same events, but our token.
             r.kernel = !r.kernel;
             r.sync(fd, conn);
@@ -624,10 +636,10 @@ pub fn convert(fd: c_int, entry: &Entry) {
 pub fn renew(fd: c_int, entry: &Entry) {
     let (Some(conn), Some(registrations)) = (entry.conn(), entry.registrations()) else { return };
     let sets: Vec<_> = registrations.with(|inner| {
-        let renewed = inner.list.iter_mut().filter(|r| r.converted).filter_map(|r| {
+        let renewed = inner.list.iter_mut().filter(|r| r.converted).map(|r| {
             (r.told, r.tell_room) = (u64::MAX, true);
             r.sync(fd, conn);
-            table::get(r.epoll)?.set()
+            r.set
         });
         renewed.collect()
     });
@@ -637,6 +649,20 @@ pub fn renew(fd: c_int, entry: &Entry) {
     }
 }
 
+/// The instance behind a descriptor.
+fn of(epoll: c_int, entry: &'static Entry) -> &'static Set {
+    let set = entry.set_or_new();
+    let _ = set.fd.compare_exchange(-1, epoll, Ordering::AcqRel, Ordering::Relaxed);
+    set
+}
+
+/// `to` is another descriptor of the instance behind `from`.
+pub fn copied((from, source): (c_int, &'static Entry), (to, entry): (c_int, &'static Entry)) {
+    let set = of(from, source);
+    entry.start(to, Kind::Epoll, false);
+    entry.share_set(set);
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn epoll_create(size: c_int) -> c_int {
     // SAFETY: the program's call.
@@ -644,12 +670,15 @@ unsafe extern "C-unwind" fn epoll_create(size: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn epoll_create1(flags: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn epoll_create1(flags: c_int) -> c_int {
     // SAFETY: the program's call.
     made(unsafe { real::epoll_create1(flags) })
 }
 
 fn made(fd: c_int) -> c_int {
+    if service::is_it() {
+        return arena::own(fd);
+    }
     if let Some(entry) = table::get(fd) {
         entry.start(fd, Kind::Epoll, false);
     }
@@ -657,7 +686,7 @@ fn made(fd: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn epoll_ctl(
+pub unsafe extern "C-unwind" fn epoll_ctl(
     epoll: c_int,
     operation: c_int,
     fd: c_int,
@@ -675,7 +704,7 @@ unsafe extern "C-unwind" fn epoll_ctl(
                 && operation != EPOLL_CTL_MOD
                 && let Some(outer) = table::get(epoll)
             {
-                let set = outer.set_or_new();
+                let set = of(epoll, outer);
                 let _lock = set.lock.take();
                 // SAFETY: under the lock.
                 let nested = unsafe { &mut *set.nested.get() };
@@ -691,17 +720,17 @@ unsafe extern "C-unwind" fn epoll_ctl(
     if operation != EPOLL_CTL_DEL && event.is_null() {
         return plain();
     }
-    let Some(set_entry) = table::get(epoll) else { return plain() };
+    let Some(set) = table::get(epoll).map(|entry| of(epoll, entry)) else { return plain() };
     let linked = entry.conn().filter(|conn| conn.state() == State::Linked);
     let mut heat = false;
     let result = entry.registrations_or_new().with(|inner| {
-        let at = inner.list.iter().position(|r| r.epoll == epoll);
+        let at = inner.list.iter().position(|r| r.set.is(set));
         match operation {
             EPOLL_CTL_ADD => {
                 // SAFETY: the program's event.
                 let (events, data) = unsafe { ((*event).events, (*event).u64) };
                 let mut r = Registration {
-                    epoll,
+                    set,
                     events,
                     data,
                     converted: false,
@@ -714,7 +743,6 @@ unsafe extern "C-unwind" fn epoll_ctl(
                 let conn = linked.or_else(|| entry.conn().filter(|_| inner.linked));
                 let result = match conn {
                     Some(conn) => {
-                        let set = set_entry.set_or_new();
                         set.converted.fetch_add(1, Ordering::AcqRel);
                         conn.set_watched();
                         r.converted = true;
@@ -723,7 +751,7 @@ unsafe extern "C-unwind" fn epoll_ctl(
                         // SAFETY: an event.
                         let result = unsafe { real::epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &mut ours) };
                         if result == 0 {
-                            set.make_bell(epoll);
+                            set.make_bell();
                             heat = true;
                         } else {
                             set.converted.fetch_sub(1, Ordering::AcqRel);
@@ -737,7 +765,7 @@ unsafe extern "C-unwind" fn epoll_ctl(
                     }
                 };
                 if result == 0 {
-                    inner.list.retain(|r| r.epoll != epoll);
+                    inner.list.retain(|r| !r.set.is(set));
                     inner.list.push(r);
                 }
                 result
@@ -770,9 +798,7 @@ unsafe extern "C-unwind" fn epoll_ctl(
             EPOLL_CTL_DEL => {
                 if let Some(at) = at {
                     let r = inner.list.swap_remove(at);
-                    if r.converted
-                        && let Some(set) = set_entry.set()
-                    {
+                    if r.converted {
                         set.lose();
                     }
                 }
@@ -782,7 +808,6 @@ unsafe extern "C-unwind" fn epoll_ctl(
         }
     });
     if heat {
-        let set = set_entry.set_or_new();
         set.heat(fd);
         if set.sleepers.load(Ordering::SeqCst) != 0 {
             set.ring();

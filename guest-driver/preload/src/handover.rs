@@ -19,7 +19,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// How the environment names what is inherited: the memory's and the eventfd's descriptors, then number and life of each
@@ -33,8 +33,8 @@ type List = *const *const c_char;
 
 // ---- calling back ------------------------------------------------------------------------------------------------------
 
-/// Has the connection be TCP, with everything in its order. False: it could not be, and is broken off.
-fn call_back(conn: &'static Conn, fd: c_int) -> bool {
+/// Has the connection be TCP, with everything in its order, and counts why. False: it could not be, and is broken off.
+fn call_back(conn: &'static Conn, fd: c_int, why: &AtomicU64) -> bool {
     if conn.change(State::Asking, State::Over) || conn.state() != State::Linked {
         return true;
     }
@@ -56,7 +56,7 @@ fn call_back(conn: &'static Conn, fd: c_int) -> bool {
             tcp::disconnect(fd);
             return false;
         }
-        stats::count(&stats::get().called_back);
+        stats::count(why);
         true
     })
 }
@@ -65,7 +65,7 @@ fn call_back(conn: &'static Conn, fd: c_int) -> bool {
 #[cold]
 pub fn claim(fd: c_int, entry: &Entry) {
     let Some(conn) = arena::conn(entry.conn_index()) else { return };
-    let back = call_back(conn, fd);
+    let back = call_back(conn, fd, &stats::get().called_back);
     if entry.kind() == Kind::Stranger {
         conn.strangers.fetch_sub(1, Ordering::AcqRel);
         entry.set_kind(if back { Kind::Conn } else { Kind::Never });
@@ -89,7 +89,7 @@ pub fn before_leaving(conn: &'static Conn, fd: c_int) {
         return;
     }
     if conn.strangers.load(Ordering::Acquire) != 0 {
-        call_back(conn, fd);
+        call_back(conn, fd, &stats::get().called_back);
     }
     let limit = Instant::now() + LIMIT / 5;
     while conn.state() == State::Linked && conn.is_left() && Instant::now() < limit {
@@ -97,8 +97,14 @@ pub fn before_leaving(conn: &'static Conn, fd: c_int) {
     }
 }
 
-/// The connection goes to a program of which nothing is known: it is TCP from now on.
-fn give_away(fd: c_int) {
+/// The program has the kernel do something with it that only TCP can do: the connection is TCP from now on, in every program
+/// that has it.
+pub fn leave_to_tcp(fd: c_int) {
+    make_tcp(fd, &stats::get().left);
+}
+
+/// The connection is TCP from now on. `why` is counted if it was not.
+fn make_tcp(fd: c_int, why: &AtomicU64) {
     let Some(entry) = table::get(fd) else { return };
     match entry.kind() {
         Kind::Open => entry.set_kind(Kind::Never),
@@ -107,7 +113,7 @@ fn give_away(fd: c_int) {
             if let Some(conn) = entry.conn()
                 && !conn.change(State::Plain, State::Over)
             {
-                call_back(conn, fd);
+                call_back(conn, fd, why);
             }
         }
         _ => {}
@@ -136,7 +142,7 @@ pub unsafe fn before_message(message: *const msghdr) {
             {
                 let data = libc::CMSG_DATA(at).cast::<c_int>();
                 for i in 0..(control.cmsg_len - start) / size_of::<c_int>() {
-                    give_away(data.add(i).read_unaligned());
+                    make_tcp(data.add(i).read_unaligned(), &stats::get().called_back);
                 }
             }
             at = libc::CMSG_NXTHDR(message, at);
@@ -253,7 +259,7 @@ impl Inheritance {
             let home = conn.home.load(Ordering::Acquire) == std::process::id();
             let last = own && !borrowed && (home || conn.refs() == 1);
             if conn.state() == State::Linked && (!adopts || fd <= 2 || last) {
-                call_back(conn, fd);
+                call_back(conn, fd, &stats::get().called_back);
             }
             if own && !borrowed && conn.refs() == 1 {
                 conn.change(State::Asking, State::Plain);
@@ -522,7 +528,7 @@ unsafe extern "C-unwind" fn posix_spawn_file_actions_adddup2(
     // It is meant for a program that will be spawned.
     claim_if_strange(from);
     if let Some(conn) = table::conn(from) {
-        call_back(conn, from);
+        call_back(conn, from, &stats::get().called_back);
     }
     // SAFETY: the program's call.
     unsafe { real::posix_spawn_file_actions_adddup2(actions, from, to) }

@@ -1,15 +1,17 @@
 //! Reading and writing: `read`, `recv`, `write`, `send` and all their forms.
 
 use crate::conn::Conn;
+use crate::epoll::Until;
 use crate::errno::{Outcome, give, outcome};
 use crate::iov;
 use crate::table::{self, Entry, Kind};
 use crate::{errno, handover, real, service};
 use libc::{
-    EINVAL, MSG_DONTWAIT, MSG_OOB, c_int, c_void, iovec, loff_t, mmsghdr, msghdr, off_t, size_t, sockaddr,
-    socklen_t, ssize_t, timespec,
+    EINVAL, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_OOB, c_int, c_void, iovec, loff_t, mmsghdr, msghdr, off_t,
+    size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// A call for a connection that has to prove itself: the kernel's, counted.
 #[inline]
@@ -103,8 +105,9 @@ unsafe fn buffers<'a>(message: *const msghdr) -> Result<&'a [iovec], c_int> {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn read(fd: c_int, to: *mut c_void, len: size_t) -> ssize_t {
-    if !table::is_ours(fd) {
+pub unsafe extern "C-unwind" fn read(fd: c_int, to: *mut c_void, len: size_t) -> ssize_t {
+    // The kernel does not even look at a socket for nothing; `recv` does.
+    if !table::is_ours(fd) || len == 0 {
         // SAFETY: the program's call.
         return unsafe { real::read(fd, to, len) };
     }
@@ -123,28 +126,113 @@ unsafe extern "C-unwind" fn __read_chk(fd: c_int, to: *mut c_void, len: size_t, 
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn readv(fd: c_int, to: *const iovec, count: c_int) -> ssize_t {
+pub unsafe extern "C-unwind" fn readv(fd: c_int, to: *const iovec, count: c_int) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::readv(fd, to, count) });
     // SAFETY: as above.
+    give(unsafe { receive_list(fd, to, count, 0, call) })
+}
+
+/// Reads into a list of buffers.
+///
+/// # Safety
+///
+/// `count` of them lie at `to`.
+unsafe fn receive_list(
+    fd: c_int,
+    to: *const iovec,
+    count: c_int,
+    flags: c_int,
+    call: impl FnOnce() -> Outcome,
+) -> Outcome {
+    // SAFETY: the caller's promise.
     let list = || unsafe { iov::list(to, usize::try_from(count).map_err(|_| EINVAL)?) }.ok_or(EINVAL);
-    give(receive(fd, 0, list, call))
+    if table::is_ours(fd) && list().is_ok_and(|list| list.iter().all(|buffer| buffer.iov_len == 0)) {
+        return call();
+    }
+    receive(fd, flags, list, call)
+}
+
+/// What `preadv2` and `pwritev2` can ask of a socket.
+const NOWAIT: c_int = 8;
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn preadv2(
+    fd: c_int,
+    to: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: the program's call.
+    let call = || outcome(unsafe { real::preadv2(fd, to, count, offset, flags) });
+    if offset != -1 || flags & !NOWAIT != 0 {
+        return give(call());
+    }
+    let flags = if flags & NOWAIT != 0 { MSG_DONTWAIT } else { 0 };
+    // SAFETY: as above.
+    give(unsafe { receive_list(fd, to, count, flags, call) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn preadv64v2(
+    fd: c_int,
+    to: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: the program's call.
+    unsafe { preadv2(fd, to, count, offset, flags) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn pwritev2(
+    fd: c_int,
+    from: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: the program's call.
+    let call = || outcome(unsafe { real::pwritev2(fd, from, count, offset, flags) });
+    if offset != -1 || flags & !NOWAIT != 0 {
+        return give(call());
+    }
+    // SAFETY: as above.
+    let list = || unsafe { iov::list(from, usize::try_from(count).map_err(|_| EINVAL)?) }.ok_or(EINVAL);
+    give(transmit(fd, if flags & NOWAIT != 0 { MSG_DONTWAIT } else { 0 }, list, call))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn pwritev64v2(
+    fd: c_int,
+    from: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: the program's call.
+    unsafe { pwritev2(fd, from, count, offset, flags) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn recv(fd: c_int, to: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::recv(fd, to, len, flags) });
-    if !table::is_ours(fd) {
+    before_flags(fd, flags);
+    if !table::is_ours(fd) || flags & MSG_ERRQUEUE != 0 {
         return give(call());
     }
     let one = iov::one(to, len);
-    give(receive(fd, flags, || urgent(flags).map(|()| &one[..]), call))
+    give(receive(fd, flags, || Ok(&one), call))
 }
 
 /// Urgent data does not exist in rings.
-fn urgent(flags: c_int) -> Result<(), c_int> {
-    if flags & MSG_OOB != 0 { Err(EINVAL) } else { Ok(()) }
+fn before_flags(fd: c_int, flags: c_int) {
+    if flags & MSG_OOB != 0 {
+        handover::leave_to_tcp(fd);
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -163,7 +251,7 @@ unsafe extern "C-unwind" fn __recv_chk(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn recvfrom(
+pub unsafe extern "C-unwind" fn recvfrom(
     fd: c_int,
     to: *mut c_void,
     len: size_t,
@@ -171,6 +259,7 @@ unsafe extern "C-unwind" fn recvfrom(
     address: *mut sockaddr,
     address_len: *mut socklen_t,
 ) -> ssize_t {
+    before_flags(fd, flags);
     if !table::is_ours(fd) || table::conn(fd).is_none() {
         // SAFETY: the program's call.
         let call = || outcome(unsafe { real::recvfrom(fd, to, len, flags, address, address_len) });
@@ -204,15 +293,16 @@ unsafe extern "C-unwind" fn __recvfrom_chk(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> ssize_t {
+pub unsafe extern "C-unwind" fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::recvmsg(fd, message, flags) });
-    if !table::is_ours(fd) {
+    before_flags(fd, flags);
+    if !table::is_ours(fd) || flags & MSG_ERRQUEUE != 0 {
         return give(call());
     }
     let moved = table::conn(fd).is_some_and(|conn| conn.is_moved());
     // SAFETY: as above.
-    let list = || urgent(flags).and_then(|()| unsafe { buffers(message) });
+    let list = || unsafe { buffers(message) };
     let result = receive(fd, flags, list, call);
     if moved && result.is_ok() {
         // SAFETY: the program's message.
@@ -238,6 +328,10 @@ unsafe extern "C-unwind" fn recvmmsg(
         // SAFETY: the program's call.
         return unsafe { real::recvmmsg(fd, messages, count, flags, timeout) };
     }
+    // As the kernel does: it looks at the time when a message has come.
+    // SAFETY: the program's timeout.
+    let deadline = if timeout.is_null() { None } else { unsafe { Until::from_timespec(timeout) }.left() };
+    let deadline = deadline.map(|left| Instant::now() + left);
     let mut done = 0;
     for i in 0..count.min(1024) as usize {
         let first = done == 0;
@@ -251,7 +345,7 @@ unsafe extern "C-unwind" fn recvmmsg(
         }
         message.msg_len = result as u32;
         done += 1;
-        if result == 0 {
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             break;
         }
     }
@@ -259,7 +353,7 @@ unsafe extern "C-unwind" fn recvmmsg(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn write(fd: c_int, from: *const c_void, len: size_t) -> ssize_t {
+pub unsafe extern "C-unwind" fn write(fd: c_int, from: *const c_void, len: size_t) -> ssize_t {
     if !table::is_ours(fd) {
         // SAFETY: the program's call.
         return unsafe { real::write(fd, from, len) };
@@ -270,7 +364,7 @@ unsafe extern "C-unwind" fn write(fd: c_int, from: *const c_void, len: size_t) -
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn writev(fd: c_int, from: *const iovec, count: c_int) -> ssize_t {
+pub unsafe extern "C-unwind" fn writev(fd: c_int, from: *const iovec, count: c_int) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::writev(fd, from, count) });
     // SAFETY: as above.
@@ -282,15 +376,16 @@ unsafe extern "C-unwind" fn writev(fd: c_int, from: *const iovec, count: c_int) 
 unsafe extern "C-unwind" fn send(fd: c_int, from: *const c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::send(fd, from, len, flags) });
+    before_flags(fd, flags);
     if !table::is_ours(fd) {
         return give(call());
     }
     let one = iov::one(from, len);
-    give(transmit(fd, flags, || urgent(flags).map(|()| &one[..]), call))
+    give(transmit(fd, flags, || Ok(&one), call))
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn sendto(
+pub unsafe extern "C-unwind" fn sendto(
     fd: c_int,
     from: *const c_void,
     len: size_t,
@@ -300,24 +395,26 @@ unsafe extern "C-unwind" fn sendto(
 ) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::sendto(fd, from, len, flags, address, address_len) });
+    before_flags(fd, flags);
     if !table::is_ours(fd) {
         return give(call());
     }
     let one = iov::one(from, len);
-    give(transmit(fd, flags, || urgent(flags).map(|()| &one[..]), call))
+    give(transmit(fd, flags, || Ok(&one), call))
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
+pub unsafe extern "C-unwind" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
     // SAFETY: the program's message.
     unsafe { handover::before_message(message) };
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::sendmsg(fd, message, flags) });
+    before_flags(fd, flags);
     if !table::is_ours(fd) {
         return give(call());
     }
     // SAFETY: as above.
-    let list = || urgent(flags).and_then(|()| unsafe { buffers(message) });
+    let list = || unsafe { buffers(message) };
     give(transmit(fd, flags, list, call))
 }
 
@@ -381,7 +478,12 @@ fn through(fd: c_int, call: impl FnOnce() -> Outcome) -> Outcome {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn sendfile(to: c_int, from: c_int, offset: *mut off_t, count: size_t) -> ssize_t {
+pub unsafe extern "C-unwind" fn sendfile(
+    to: c_int,
+    from: c_int,
+    offset: *mut off_t,
+    count: size_t,
+) -> ssize_t {
     if !table::is_ours(to) {
         // SAFETY: the program's call.
         return unsafe { real::sendfile(to, from, offset, count) };
@@ -405,7 +507,7 @@ unsafe extern "C-unwind" fn sendfile64(to: c_int, from: c_int, offset: *mut off_
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn splice(
+pub unsafe extern "C-unwind" fn splice(
     from: c_int,
     from_offset: *mut loff_t,
     to: c_int,

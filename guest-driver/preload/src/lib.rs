@@ -25,6 +25,7 @@ mod signal;
 mod stats;
 mod table;
 mod tcp;
+mod unseen;
 
 /// Says something to who asked for it (`dmbridge-run --verbose`).
 macro_rules! verbose {

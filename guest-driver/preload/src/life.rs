@@ -1,10 +1,10 @@
 //! How descriptors come, are changed, copied, inherited and closed.
 
-use crate::conn::State;
+use crate::conn::{Conn, State};
 use crate::table::{self, Entry, Kind};
-use crate::{arena, errno, handover, real, service, stats, tcp};
+use crate::{arena, epoll, errno, handover, real, service, tcp};
 use libc::{
-    AF_INET, AF_INET6, F_DUPFD, F_DUPFD_CLOEXEC, F_SETFL, FIONBIO, FIONREAD, IPPROTO_TCP, O_ASYNC,
+    AF_INET, AF_INET6, F_DUPFD, F_DUPFD_CLOEXEC, F_SETFL, FIOASYNC, FIONBIO, FIONREAD, IPPROTO_TCP, O_ASYNC,
     O_NONBLOCK, SO_RCVLOWAT, SO_ZEROCOPY, SOCK_STREAM, SOL_SOCKET, TCP_CORK, TCP_NODELAY, TCP_ULP, TIOCOUTQ,
     c_char, c_int, c_ulong, c_void, sockaddr, socklen_t,
 };
@@ -13,20 +13,45 @@ use std::sync::atomic::Ordering;
 // ---- coming ------------------------------------------------------------------------------------------------------------
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     // SAFETY: the program's call.
     let fd = unsafe { real::socket(domain, kind, protocol) };
+    if service::is_it() {
+        return arena::own(fd);
+    }
     let stream = kind & 0xf == SOCK_STREAM
         && matches!(domain, AF_INET | AF_INET6)
         && matches!(protocol, 0 | IPPROTO_TCP);
-    if stream && let Some(entry) = table::get(fd) {
+    if stream
+        && !is_standard(fd)
+        && !service::has_ended()
+        && let Some(entry) = table::get(fd)
+    {
         entry.start(fd, Kind::Socket, false);
     }
     fd
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+unsafe extern "C-unwind" fn eventfd(count: libc::c_uint, flags: c_int) -> c_int {
+    // SAFETY: the program's call.
+    let fd = unsafe { real::eventfd(count, flags) };
+    if service::is_it() { arena::own(fd) } else { fd }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C-unwind" fn memfd_create(name: *const c_char, flags: libc::c_uint) -> c_int {
+    // SAFETY: the program's call.
+    let fd = unsafe { real::memfd_create(name, flags) };
+    if service::is_it() { arena::own(fd) } else { fd }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+    if table::is_ours(fd) {
+        // To no address: it is disconnected, and may be connected again.
+        handover::leave_to_tcp(fd);
+    }
     // SAFETY: the program's call.
     let result = unsafe { real::connect(fd, address, len) };
     if let Some(entry) = table::get(fd).filter(|entry| entry.kind() == Kind::Socket)
@@ -38,13 +63,13 @@ unsafe extern "C-unwind" fn connect(fd: c_int, address: *const sockaddr, len: so
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
+pub unsafe extern "C-unwind" fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
     // SAFETY: the program's call.
     accepted(fd, unsafe { real::accept(fd, address, len) })
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn accept4(
+pub unsafe extern "C-unwind" fn accept4(
     fd: c_int,
     address: *mut sockaddr,
     len: *mut socklen_t,
@@ -56,16 +81,22 @@ unsafe extern "C-unwind" fn accept4(
 
 fn accepted(listener: c_int, fd: c_int) -> c_int {
     let (Some(listener), Some(entry)) = (table::get(listener), table::get(fd)) else { return fd };
-    if listener.kind() == Kind::Other {
+    if listener.kind() == Kind::Other && !service::has_ended() {
         // One that was inherited: what it is has to be found out once.
         let tcp = tcp::socket_option(fd, libc::SO_PROTOCOL) == Some(IPPROTO_TCP)
             && matches!(tcp::socket_option(fd, libc::SO_DOMAIN), Some(AF_INET | AF_INET6));
         listener.set_kind(if tcp { Kind::Socket } else { Kind::Never });
     }
     if listener.kind() == Kind::Socket {
-        entry.start(fd, Kind::Open, false);
+        let stays = is_standard(fd) || service::has_ended();
+        entry.start(fd, if stays { Kind::Never } else { Kind::Open }, false);
     }
     fd
+}
+
+/// Whether the C library itself reads and writes there, where nobody sees it.
+fn is_standard(fd: c_int) -> bool {
+    table::STANDARD.contains(&fd)
 }
 
 // ---- copies ------------------------------------------------------------------------------------------------------------
@@ -75,6 +106,10 @@ fn copied(from: c_int, to: c_int) {
     let (Some(source), Some(entry)) = (table::get(from), table::get(to)) else { return };
     if from == to || service::is_borrowed() {
         return;
+    }
+    // One that is TCP waits until it is nobody's standard input or output any more.
+    if is_standard(to) && source.kind() != Kind::Open && !source.conn().is_some_and(Conn::is_plain) {
+        handover::leave_to_tcp(from);
     }
     match source.kind() {
         Kind::Open | Kind::Conn => match service::conn_of(from, source) {
@@ -99,12 +134,13 @@ fn copied(from: c_int, to: c_int) {
         }
         // What a copy of a listener or an unconnected socket becomes is not followed; accept finds out.
         Kind::Socket | Kind::Never => entry.start(to, Kind::Never, false),
-        Kind::Epoll | Kind::Ours | Kind::Other => {}
+        Kind::Epoll => epoll::copied((from, source), (to, entry)),
+        Kind::Ours | Kind::Other => {}
     }
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn dup(fd: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn dup(fd: c_int) -> c_int {
     // SAFETY: the program's call.
     let to = unsafe { real::dup(fd) };
     if to >= 0 {
@@ -114,7 +150,7 @@ unsafe extern "C-unwind" fn dup(fd: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn dup2(from: c_int, to: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn dup2(from: c_int, to: c_int) -> c_int {
     if from != to && is_open(from) {
         closing(to);
     }
@@ -127,7 +163,7 @@ unsafe extern "C-unwind" fn dup2(from: c_int, to: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn dup3(from: c_int, to: c_int, flags: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn dup3(from: c_int, to: c_int, flags: c_int) -> c_int {
     if from != to && is_open(from) {
         closing(to);
     }
@@ -157,8 +193,10 @@ fn closing(fd: c_int) {
         return arena::make_way(fd);
     }
     errno::keep(|| {
-        if let (Kind::Epoll, Some(set)) = (kind, entry.set()) {
-            set.close(fd);
+        if let (Kind::Epoll, Some(set)) = (kind, entry.set())
+            && set.close(fd)
+        {
+            entry.forget_set();
         }
         let conn = entry.conn().map(|conn| (entry.conn_index(), conn));
         if kind == Kind::Stranger
@@ -193,11 +231,16 @@ fn closing(fd: c_int) {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
-    if table::get(fd).is_some_and(|entry| entry.kind() == Kind::Ours) {
-        // A program that closes all numbers there are.
-        errno::set(libc::EBADF);
-        return -1;
+pub unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
+    if let Some(entry) = table::get(fd)
+        && entry.kind() == Kind::Ours
+    {
+        if !service::is_it() {
+            // A program that closes all numbers there are.
+            errno::set(libc::EBADF);
+            return -1;
+        }
+        entry.set_kind(Kind::Other);
     }
     closing(fd);
     // SAFETY: the program's call.
@@ -205,7 +248,7 @@ unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     const CLOEXEC: c_int = 4;
     if flags & CLOEXEC == 0 {
         all_closing(first, last);
@@ -216,10 +259,9 @@ unsafe extern "C-unwind" fn close_range(first: u32, last: u32, flags: c_int) -> 
 
 /// Does `call` for a range of descriptors without ours.
 fn around_ours(mut first: u32, last: u32, mut call: impl FnMut(u32, u32) -> c_int) -> c_int {
-    let mut ours = arena::files().map(|fd| u32::try_from(fd).unwrap_or(u32::MAX));
-    ours.sort_unstable();
-    for own in ours {
-        if !(first..=last).contains(&own) || own == u32::MAX {
+    let ours = table::all().filter(|(_, entry)| entry.kind() == Kind::Ours);
+    for own in ours.map(|(fd, _)| fd as u32) {
+        if !(first..=last).contains(&own) {
             continue;
         }
         if own > first {
@@ -247,7 +289,7 @@ unsafe extern "C-unwind" fn closefrom(first: c_int) {
     all_closing(first, u32::MAX);
     // SAFETY: the program's call.
     if around_ours(first, u32::MAX, |first, last| unsafe { real::close_range(first, last, 0) }) != 0 {
-        for fd in (first..table::limit()).filter(|fd| !arena::files().contains(&(*fd as c_int))) {
+        for fd in (first..table::limit()).filter(|fd| !table::is_kind(*fd as c_int, Kind::Ours)) {
             // SAFETY: as above.
             unsafe { real::close(fd as c_int) };
         }
@@ -255,7 +297,7 @@ unsafe extern "C-unwind" fn closefrom(first: c_int) {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn shutdown(fd: c_int, how: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn shutdown(fd: c_int, how: c_int) -> c_int {
     handover::claim_if_strange(fd);
     let rest = match table::conn(fd) {
         Some(conn) if (0..=2).contains(&how) => conn.shutdown(fd, how),
@@ -268,35 +310,27 @@ unsafe extern "C-unwind" fn shutdown(fd: c_int, how: c_int) -> c_int {
     }
 }
 
-#[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn fdopen(fd: c_int, mode: *const c_char) -> *mut libc::FILE {
-    handover::claim_if_strange(fd);
-    if let Some(entry) = table::get(fd).filter(|entry| matches!(entry.kind(), Kind::Open | Kind::Conn)) {
-        // A FILE reads, writes and closes inside of the C library, where nobody sees it.
-        match entry.conn() {
-            Some(conn) => {
-                let _ = conn.change(State::Plain, State::Over);
-            }
-            None => entry.set_kind(Kind::Never),
-        }
-        stats::count(&stats::get().stdio);
-    }
-    // SAFETY: the program's call.
-    unsafe { real::fdopen(fd, mode) }
-}
-
 // ---- settings ----------------------------------------------------------------------------------------------------------
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn fcntl(fd: c_int, command: c_int, arg: c_ulong) -> c_int {
+    before_change(fd, command, arg);
     // SAFETY: the program's call.
     changed(fd, command, arg, unsafe { real::fcntl(fd, command, arg) })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, arg: c_ulong) -> c_int {
+    before_change(fd, command, arg);
     // SAFETY: the program's call.
     changed(fd, command, arg, unsafe { real::fcntl64(fd, command, arg) })
+}
+
+fn before_change(fd: c_int, command: c_int, arg: c_ulong) {
+    // A signal says that the kernel has something.
+    if command == F_SETFL && arg as c_int & O_ASYNC != 0 {
+        handover::leave_to_tcp(fd);
+    }
 }
 
 fn changed(fd: c_int, command: c_int, arg: c_ulong, result: c_int) -> c_int {
@@ -309,30 +343,18 @@ fn changed(fd: c_int, command: c_int, arg: c_ulong, result: c_int) -> c_int {
             if let Some(conn) = table::conn(fd) {
                 conn.set_nonblocking(arg as c_int & O_NONBLOCK != 0);
             }
-            if arg as c_int & O_ASYNC != 0 {
-                stay(fd);
-            }
         }
         _ => {}
     }
     result
 }
 
-/// The connection stays TCP, if it still is.
-fn stay(fd: c_int) {
-    let Some(entry) = table::get(fd) else { return };
-    match (entry.kind(), entry.conn()) {
-        (Kind::Open, _) => entry.set_kind(Kind::Never),
-        (_, Some(conn)) => {
-            conn.change(State::Plain, State::Over);
-        }
-        _ => {}
-    }
-}
-
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_int {
     handover::claim_if_strange(fd);
+    if request == FIOASYNC {
+        handover::leave_to_tcp(fd);
+    }
     if let Some(conn) = table::conn(fd) {
         let answer = match request {
             FIONREAD => conn.readable(fd),
@@ -380,13 +402,10 @@ unsafe extern "C-unwind" fn setsockopt(
                     return 0;
                 }
             }
-            // Once moved, there is nothing that these could mean to.
-            (SOL_SOCKET, SO_RCVLOWAT, Some(_)) => return 0,
-            (SOL_SOCKET, SO_ZEROCOPY, Some(_)) | (IPPROTO_TCP, TCP_ULP, Some(_)) => {
-                errno::set(libc::ENOPROTOOPT);
-                return -1;
+            (SOL_SOCKET, SO_RCVLOWAT, _) if int().is_some_and(|bytes| bytes > 1) => {
+                handover::leave_to_tcp(fd)
             }
-            (IPPROTO_TCP, TCP_ULP, None) | (SOL_SOCKET, SO_ZEROCOPY, None) => stay(fd),
+            (SOL_SOCKET, SO_ZEROCOPY, _) | (IPPROTO_TCP, TCP_ULP, _) => handover::leave_to_tcp(fd),
             _ => {}
         }
     }

@@ -5,12 +5,15 @@ use crate::epoll::Until;
 use crate::table::{self, Kind};
 use crate::{crowd, errno, handover, real};
 use libc::{
-    POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
-    timespec, timeval,
+    POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, POLLRDNORM, POLLWRNORM, c_int, fd_set,
+    nfds_t, pollfd, sigset_t, timespec, timeval,
 };
 use std::ptr::null;
 use std::time::{Duration, Instant};
 
+/// That there is data, and that there is room, have two names each.
+pub const IN: i16 = POLLIN | POLLRDNORM;
+pub const OUT: i16 = POLLOUT | POLLWRNORM;
 /// Descriptors that need no memory from the heap.
 const FEW: usize = 32;
 
@@ -94,7 +97,7 @@ fn wait(fds: &mut [pollfd], until: Until, kernel: Kernel<'_>) -> c_int {
         }
         for at in fds.iter() {
             if let Some(conn) = moved(at.fd) {
-                let full = if conn.is_full() { at.events } else { at.events & !POLLOUT };
+                let full = if conn.is_full() { at.events } else { at.events & !OUT };
                 conn.arm(at.fd, full, false, 0);
             }
         }
@@ -118,14 +121,14 @@ fn ask(fds: &mut [pollfd], copy: &mut [pollfd], until: Until, kernel: Kernel<'_>
         if let Some(entry) = table::get(at.fd).filter(|entry| entry.kind() == Kind::Epoll)
             && let Some(set) = entry.set()
         {
-            set.prepare(at.fd);
+            set.prepare();
         }
         if let Some(conn) = moved(at.fd)
-            && at.events & POLLOUT != 0
+            && at.events & OUT != 0
             && conn.is_full()
         {
             // TCP always has room; what wakes is a byte.
-            to.events = at.events & !POLLOUT | POLLIN;
+            to.events = at.events & !OUT | POLLIN;
         }
     }
     let count = kernel(copy, until);
@@ -136,7 +139,7 @@ fn ask(fds: &mut [pollfd], copy: &mut [pollfd], until: Until, kernel: Kernel<'_>
     for (said, at) in copy.iter().zip(fds.iter_mut()) {
         at.revents = said.revents;
         if let Some(conn) = moved(at.fd) {
-            if said.revents & (POLLIN | POLLRDHUP | POLLHUP | POLLERR) != 0 {
+            if said.revents & (IN | POLLRDHUP | POLLHUP | POLLERR) != 0 {
                 conn.look(at.fd);
             }
             let (ready, ask) = conn.readiness(at.fd);
@@ -160,7 +163,7 @@ unsafe fn array<'a>(fds: *mut pollfd, count: nfds_t) -> &'a mut [pollfd] {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn poll(fds: *mut pollfd, count: nfds_t, timeout: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn poll(fds: *mut pollfd, count: nfds_t, timeout: c_int) -> c_int {
     // SAFETY: the program's array, here and below.
     let all = unsafe { array(fds, count) };
     if !all.iter().any(|at| table::is_interesting(at.fd)) {

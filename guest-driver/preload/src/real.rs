@@ -1,8 +1,8 @@
 //! The functions that stand behind those of this library: the next ones in the dynamic linker's order, usually glibc's.
 
 use libc::{
-    c_char, c_int, c_ulong, c_void, epoll_event, fd_set, iovec, loff_t, mmsghdr, msghdr, nfds_t, off_t,
-    pid_t, pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t, timespec, timeval,
+    aiocb, c_char, c_int, c_long, c_uint, c_ulong, c_void, epoll_event, fd_set, iovec, loff_t, mmsghdr,
+    msghdr, nfds_t, off_t, pid_t, pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t, timespec, timeval,
 };
 use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -25,6 +25,7 @@ macro_rules! real {
         /// # Safety
         ///
         /// That of the function.
+        #[allow(non_snake_case, reason = "the C library's names")]
         pub unsafe fn $name($($arg: $ty),*) -> $ret {
             static AT: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
             let found = find(&AT, concat!(stringify!($name), "\0"));
@@ -87,6 +88,21 @@ real! {
     fn posix_spawn(pid: *mut pid_t, path: *const c_char, actions: *const c_void, attributes: *const c_void, args: *const *const c_char, environment: *const *const c_char) -> c_int;
     fn posix_spawnp(pid: *mut pid_t, path: *const c_char, actions: *const c_void, attributes: *const c_void, args: *const *const c_char, environment: *const *const c_char) -> c_int;
     fn posix_spawn_file_actions_adddup2(actions: *mut c_void, from: c_int, to: c_int) -> c_int;
+    fn eventfd(count: c_uint, flags: c_int) -> c_int;
+    fn memfd_create(name: *const c_char, flags: c_uint) -> c_int;
+    fn preadv2(fd: c_int, to: *const iovec, count: c_int, offset: off_t, flags: c_int) -> ssize_t;
+    fn pwritev2(fd: c_int, from: *const iovec, count: c_int, offset: off_t, flags: c_int) -> ssize_t;
+    fn vdprintf(fd: c_int, format: *const c_char, arguments: *mut c_void) -> c_int;
+    fn __vdprintf_chk(fd: c_int, flag: c_int, format: *const c_char, arguments: *mut c_void) -> c_int;
+    fn aio_read(control: *mut aiocb) -> c_int;
+    fn aio_read64(control: *mut aiocb) -> c_int;
+    fn aio_write(control: *mut aiocb) -> c_int;
+    fn aio_write64(control: *mut aiocb) -> c_int;
+    fn lio_listio(mode: c_int, list: *const *mut aiocb, count: c_int, signal: *mut c_void) -> c_int;
+    fn lio_listio64(mode: c_int, list: *const *mut aiocb, count: c_int, signal: *mut c_void) -> c_int;
+    fn prctl(option: c_int, a: c_long, b: c_long, c: c_long, d: c_long) -> c_int;
+    fn _Fork() -> pid_t;
+    fn clone(function: unsafe extern "C-unwind" fn(*mut c_void) -> c_int, stack: *mut c_void, flags: c_int, argument: *mut c_void, parent: *mut c_void, storage: *mut c_void, child: *mut c_void) -> c_int;
     fn fexecve(fd: c_int, args: *const *const c_char, environment: *const *const c_char) -> c_int;
 }
 

@@ -17,10 +17,10 @@ use dmbridge::{Device, Dmb, Event, Events, Gid, RemoteDmb};
 use dmbridge_proto::shm::CopyPlan;
 use dmbridge_proto::status::Status;
 use libc::c_int;
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,8 @@ enum Task {
     Left { index: u32 },
     /// Some connection of this process is wanted back.
     Listen,
+    /// There is nothing more to do.
+    End,
 }
 
 struct Queue {
@@ -74,6 +76,21 @@ static SERVICE: Service = Service { lock: unsafe { std::mem::zeroed() }, queue: 
 static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
 /// This process's id; a `vfork` child has another one although it has our memory.
 static PID: AtomicU32 = AtomicU32::new(0);
+/// See [`end`].
+static ENDED: AtomicBool = AtomicBool::new(false);
+/// 1: the thread runs.
+static WORKS: AtomicU32 = AtomicU32::new(0);
+
+thread_local! {
+    /// Whether this is the thread.
+    static IS_IT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this is the thread. What descriptors it makes are ours.
+#[inline]
+pub fn is_it() -> bool {
+    IS_IT.with(Cell::get)
+}
 
 /// Notes which process this is.
 pub fn set_process() {
@@ -82,12 +99,44 @@ pub fn set_process() {
 
 /// Whether this is a child that borrows its parent's memory: then nothing here may change.
 pub fn is_borrowed() -> bool {
-    std::process::id() != PID.load(Ordering::Relaxed)
+    // Where nothing moves it makes no difference, and the question may not be allowed.
+    !has_ended() && std::process::id() != PID.load(Ordering::Relaxed)
+}
+
+/// Whether all connections of this process are TCP for ever.
+pub fn has_ended() -> bool {
+    ENDED.load(Ordering::Relaxed)
+}
+
+/// All connections are TCP from now on, and nothing here calls the kernel for anything else.
+pub fn end() {
+    if is_borrowed() || ENDED.swap(true, Ordering::SeqCst) {
+        return;
+    }
+    stats::count(&stats::get().ended);
+    for (fd, entry) in table::all() {
+        match entry.kind() {
+            Kind::Socket | Kind::Open => entry.set_kind(Kind::Never),
+            // What several processes have moves in another one, when this one is done with it.
+            Kind::Conn
+                if entry.conn().is_some_and(|conn| conn.refs() > 1 && conn.state() != State::Linked) => {}
+            Kind::Conn | Kind::Stranger => handover::leave_to_tcp(fd),
+            _ => {}
+        }
+    }
+    if send(Task::End) {
+        let limit = Instant::now() + PATIENCE;
+        while WORKS.load(Ordering::SeqCst) != 0 && Instant::now() < limit {
+            let _ = lock::wait(&WORKS, 1, Duration::from_millis(20));
+        }
+    }
 }
 
 /// In a fork's child: the thread is not here.
 pub fn after_fork() {
     SERVICE.lock.reset();
+    WORKS.store(0, Ordering::SeqCst);
+    arena::disown_all();
     lock::after_fork();
     conn::after_fork();
     set_process();
@@ -118,7 +167,7 @@ fn start() -> Option<Arc<Queue>> {
     use std::os::fd::FromRawFd;
     // SAFETY: a new descriptor, ours.
     let bell = unsafe {
-        let fd = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let fd = arena::own(crate::real::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK));
         if fd < 0 {
             return None;
         }
@@ -126,7 +175,7 @@ fn start() -> Option<Arc<Queue>> {
     };
     // SAFETY: a new descriptor, ours, with that of the arena.
     let calls = unsafe {
-        let fd = libc::epoll_create1(libc::EPOLL_CLOEXEC);
+        let fd = arena::own(crate::real::epoll_create1(libc::EPOLL_CLOEXEC));
         if fd < 0 {
             return None;
         }
@@ -142,10 +191,14 @@ fn start() -> Option<Arc<Queue>> {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let started = std::thread::Builder::new()
-            .name("dmbridge-run".into())
-            .stack_size(256 << 10)
-            .spawn(|| Worker::new(worker).run());
+        let started =
+            std::thread::Builder::new().name("dmbridge-run".into()).stack_size(256 << 10).spawn(|| {
+                WORKS.store(1, Ordering::SeqCst);
+                IS_IT.with(|it| it.set(true));
+                Worker::new(worker).run();
+                WORKS.store(0, Ordering::SeqCst);
+                lock::wake(&WORKS, i32::MAX);
+            });
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         started.ok().map(|_| queue)
     }
@@ -157,12 +210,13 @@ pub fn consider(fd: c_int) {
     crate::errno::keep(|| {
         let Some(entry) = table::get(fd) else { return };
         entry.weight.store(0, Ordering::Relaxed);
-        if tcp::milliseconds() < NOT_BEFORE.load(Ordering::Relaxed) || is_borrowed() {
+        if has_ended() || tcp::milliseconds() < NOT_BEFORE.load(Ordering::Relaxed) || is_borrowed() {
             return;
         }
         let Some((index, conn)) = conn_of(fd, entry) else { return };
         conn.weight.store(0, Ordering::Relaxed);
-        if conn.refs() != 1 {
+        let is_standard = |fd| table::conn(fd).is_some_and(|standard| std::ptr::eq(standard, conn));
+        if conn.refs() != 1 || table::STANDARD.into_iter().any(is_standard) {
             stats::count(&stats::get().shared);
             return;
         }
@@ -333,6 +387,7 @@ impl Worker {
                         }
                     }
                     Some(Task::Listen) => self.listen(),
+                    Some(Task::End) => return,
                     None => break,
                 }
             }

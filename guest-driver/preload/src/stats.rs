@@ -53,12 +53,14 @@ counters! {
     no_memory: "stayed TCP: no more DMBs",
     /// io_uring.
     io_uring: "stayed TCP: the program uses io_uring",
+    /// See `service::end`.
+    ended: "programs that allowed themselves fewer system calls (seccomp), or use io_uring: from then on they have TCP",
     /// Handed on.
     called_back: "went back to TCP: another program got the connection",
+    /// Used in a way that only TCP has.
+    left: "went back to TCP: the program did something with it that only TCP can do",
     /// Handed on in vain.
     broken: "broken off: another program got the connection, and the other end did not answer",
-    /// A FILE.
-    stdio: "stayed TCP: the program made a FILE of it",
 }
 
 /// The counters of this process, or of all that `dmbridge-run` started.

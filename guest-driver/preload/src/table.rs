@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
 /// Descriptors beyond are left alone.
 const DESCRIPTORS: usize = 1 << 20;
 
+/// Standard input, output and error: the C library itself reads and writes there, where nobody sees it.
+pub const STANDARD: std::ops::RangeInclusive<c_int> = 0..=2;
+
 /// What a descriptor is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
@@ -93,6 +96,11 @@ pub fn is_ours(fd: c_int) -> bool {
 #[inline]
 pub fn is_interesting(fd: c_int) -> bool {
     get(fd).is_some_and(|entry| entry.kind() != Kind::Other)
+}
+
+/// Whether it is of a kind.
+pub fn is_kind(fd: c_int, kind: Kind) -> bool {
+    get(fd).is_some_and(|entry| entry.kind() == kind)
 }
 
 /// A descriptor that this process has of a connection.
@@ -187,6 +195,16 @@ impl Entry {
 
     pub fn set_or_new(&self) -> &'static Set {
         or_new(&self.set)
+    }
+
+    /// It is what another descriptor is, too. What it needed in an earlier life is never used again.
+    pub fn share_set(&self, set: &'static Set) {
+        self.set.store(std::ptr::from_ref(set).cast_mut(), Ordering::Release);
+    }
+
+    /// Others have it on: this one gets another one in its next life.
+    pub fn forget_set(&self) {
+        self.set.store(std::ptr::null_mut(), Ordering::Release);
     }
 }
 

@@ -13,6 +13,7 @@
 //! of the stream.
 
 use super::*;
+use crate::arena;
 use crate::lock::Guard;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -274,7 +275,7 @@ impl Conn {
             let socket = unsafe {
                 match real::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) {
                     -1 => return Step::Failed,
-                    copy => OwnedFd::from_raw_fd(copy),
+                    copy => OwnedFd::from_raw_fd(arena::own(copy)),
                 }
             };
             let shut = self.tx.state.load(Ordering::Relaxed) != 0;
@@ -337,8 +338,7 @@ impl Conn {
         }
         if let Some(backlog) = done {
             let fd = std::os::fd::IntoRawFd::into_raw_fd(backlog.socket);
-            // SAFETY: ours.
-            errno::keep(|| unsafe { real::close(fd) });
+            arena::disown(fd);
         }
         true
     }

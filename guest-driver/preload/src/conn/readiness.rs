@@ -1,12 +1,13 @@
 //! What `poll`, epoll and `ioctl` ask of a connection, and how who sleeps on it is woken.
 
 use super::*;
+use crate::poll::{IN, OUT};
 
 impl Conn {
-    /// What of POLLIN and POLLOUT is so as far as the rings say, and of which of the two the kernel has to be asked.
+    /// What of `IN` and `OUT` is so as far as the rings say, and of which of the two the kernel has to be asked.
     pub fn readiness(&self, fd: c_int) -> (i16, i16) {
         if !self.is_moved() {
-            return (0, libc::POLLIN | libc::POLLOUT);
+            return (0, IN | OUT);
         }
         let (mut ready, mut ask) = (0, 0);
         if !self.rx.on_ring.load(Ordering::Acquire) && self.ring_begins() != 0 {
@@ -20,13 +21,16 @@ impl Conn {
             let _ = self.return_rx(fd, ring, seen);
         }
         if !self.rx.on_ring.load(Ordering::Acquire) {
-            ask |= libc::POLLIN;
+            ask |= IN;
             if self.has_stray() {
-                ready |= libc::POLLIN;
+                ready |= IN;
             }
         } else {
             if self.has_data() || self.eof.load(Ordering::Relaxed) || self.rx.shut.load(Ordering::Relaxed) {
-                ready |= libc::POLLIN;
+                ready |= IN;
+            }
+            if self.rx.shut.load(Ordering::Relaxed) {
+                ready |= libc::POLLRDHUP;
             }
             if self
                 .local()
@@ -42,9 +46,9 @@ impl Conn {
             }
         }
         if !self.tx_in_ring() {
-            ask |= libc::POLLOUT;
+            ask |= OUT;
         } else if self.has_room() || self.is_broken() {
-            ready |= libc::POLLOUT;
+            ready |= OUT;
         }
         (ready, ask)
     }
@@ -62,10 +66,10 @@ impl Conn {
             }
         }
         let mut what = 0;
-        if events & (libc::POLLIN | libc::POLLRDHUP) != 0 {
+        if events & (IN | libc::POLLRDHUP) != 0 {
             what |= DATA;
         }
-        if events & libc::POLLOUT != 0 && self.tx_in_ring() {
+        if events & OUT != 0 && self.tx_in_ring() {
             what |= ROOM;
         }
         if what != 0 {

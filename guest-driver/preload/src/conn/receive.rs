@@ -53,6 +53,9 @@ impl Conn {
         if self.is_gone() && !self.rx.returned.load(Ordering::Relaxed) {
             return Err(self.break_off());
         }
+        if to.left() == 0 {
+            return Ok(self.is_readable(fd).then_some(0));
+        }
         if !self.rx.on_ring.load(Ordering::Acquire) {
             self.return_rx_unused(fd);
             if let Some(result) = self.get_tcp(fd, to, flags) {
@@ -69,12 +72,6 @@ impl Conn {
         let ring = unsafe { &mut *self.rx.ring.get() };
         // SAFETY: under the lock.
         let seen = unsafe { &mut *self.rx.seen.get() };
-        if to.left() == 0 {
-            return Ok(Some(0));
-        }
-        if self.rx.shut.load(Ordering::Relaxed) {
-            return Ok(Some(0));
-        }
         if (ring.available() as usize) < to.left() {
             self.observe_data(ring, seen)?;
         }
@@ -83,6 +80,9 @@ impl Conn {
         }
         if ring.available() == 0 {
             self.report(fd, ring);
+            if self.rx.shut.load(Ordering::Relaxed) {
+                return Ok(Some(0));
+            }
             if let Some(end) = self.end(fd, seen) {
                 // What was written before the end is there by now.
                 self.observe_data(ring, seen)?;
@@ -116,6 +116,16 @@ impl Conn {
         }
         self.rx.bytes.fetch_add(done as u64, Ordering::Relaxed);
         Ok(Some(done))
+    }
+
+    /// Whether a read would not wait. Under the lock.
+    fn is_readable(&self, fd: c_int) -> bool {
+        let on_ring = self.rx.on_ring.load(Ordering::Acquire) || self.find_switch(fd) == Some(0);
+        let mut look = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd.
+        let mut tcp = || self.has_stray() || errno::keep(|| unsafe { real::poll(&mut look, 1, 0) }) != 0;
+        let data = if on_ring { self.has_data() } else { tcp() };
+        data || self.eof.load(Ordering::Relaxed) || self.rx.shut.load(Ordering::Relaxed)
     }
 
     /// Looks at what is in the ring, which stays there. Under the lock.

@@ -130,7 +130,7 @@ fn wait(
                 let count = kernel(events, most, until);
                 match entry.set() {
                     Some(set) if count > 0 && set.has_moved() => {
-                        set.translate(epoll, &mut to, count as usize);
+                        set.translate(&mut to, count as usize);
                         if to.count != 0 || until.is_over() {
                             return to.count as c_int;
                         }
@@ -146,13 +146,13 @@ fn wait(
             let count = kernel(unsafe { events.add(to.count) }, (room - to.count) as c_int, until);
             if count > 0 {
                 to.from = to.count;
-                set.translate(epoll, to, count as usize);
+                set.translate(to, count as usize);
             } else {
                 set.busy.store(false, Ordering::Relaxed);
             }
             count
         };
-        set.collect(epoll, &mut to);
+        set.collect(&mut to);
         if to.count != 0 {
             let turn = set.turn.fetch_add(1, Ordering::Relaxed) % TURNS == 0;
             if !to.is_full() && (turn || set.watched.load(Ordering::Relaxed)) {
@@ -173,18 +173,18 @@ fn wait(
         let start = if set.with_hot(|hot| hot.is_empty()) {
             None
         } else {
-            match crowd::spin(set.spinner(), until.deadline(), || set.any_ready(epoll), || false) {
+            match crowd::spin(set.spinner(), until.deadline(), || set.any_ready(), || false) {
                 Ok(()) => continue,
                 Err(start) => start,
             }
         };
         set.sleepers.fetch_add(1, Ordering::SeqCst);
         let asleep = Instant::now();
-        let quiet = set.arm(epoll);
+        let quiet = set.arm();
         let count = if quiet { ask(&mut to, until) } else { 0 };
         let alone = set.sleepers.fetch_sub(1, Ordering::SeqCst) == 1;
         if count == 0 && alone && asleep.elapsed() >= SILENCE {
-            set.cool(epoll);
+            set.cool();
         } else {
             set.disarm();
         }
@@ -199,7 +199,7 @@ fn wait(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C-unwind" fn epoll_wait(
+pub unsafe extern "C-unwind" fn epoll_wait(
     epoll: c_int,
     events: *mut epoll_event,
     most: c_int,
