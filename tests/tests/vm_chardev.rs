@@ -13,6 +13,8 @@ const FILE: &str = "/dev/dmbridge0";
 const DEADLINE: Duration = Duration::from_secs(300);
 /// Things that each program does which does whatever it can.
 const STEPS: u64 = 4000;
+/// More than any exchange here gets done.
+const ENDLESS: u64 = 1 << 40;
 
 fn setup() -> Lent<'static, VmPair> {
     static SETUP: Shared<VmPair> = Shared::new();
@@ -49,27 +51,14 @@ fn dmbs(setup: &VmPair) -> u64 {
         .sum()
 }
 
-/// Sends both ways at once.
-fn exchange(a: &mut Driven, b: &mut Driven, how: &str, bytes: u64) {
-    let (a_dmb, a_token) = a.register(b, 1 << 20);
-    let (b_dmb, b_token) = b.register(a, 1 << 20);
-    let (a_sender, b_sender) = (a.sender(how, &b_token), b.sender(how, &a_token));
-    a.begin(&format!("exchange {a_dmb} {a_sender} {bytes} 1"));
-    b.begin(&format!("exchange {b_dmb} {b_sender} {bytes} 2"));
-    let (of_a, of_b) = (a.answer(), b.answer());
-    println!("{bytes} bytes each way by {how} in {} s", of_a["seconds"]);
-    assert_eq!(of_a["sent"], of_b["received"]);
-    assert_eq!(of_b["sent"], of_a["received"]);
-}
-
 #[test]
 fn programs_of_two_guests_exchange_by_map_and_by_moves() {
     let setup = setup();
     let (mut a, mut b) = (program(&setup.a), program(&setup.b));
     let before = setup.moved_bytes();
-    exchange(&mut a, &mut b, "attach", 64 << 20);
+    a.exchange(&mut b, ["attach"; 2], 1 << 20, 64 << 20);
     assert_eq!(setup.moved_bytes(), before);
-    exchange(&mut a, &mut b, "move", 8 << 20);
+    a.exchange(&mut b, ["move"; 2], 1 << 20, 8 << 20);
     assert!(setup.moved_bytes() - before >= 16 << 20);
     assert_kernel_is_content(&setup.a);
 }
@@ -79,15 +68,7 @@ fn a_program_that_sleeps_is_woken() {
     let setup = setup();
     let (mut a, mut b) = (program(&setup.a), program(&setup.b));
     for how in ["attach", "move"] {
-        let (dmb, token) = a.register(&b, 4096);
-        let sender = b.sender(how, &token);
-        for round in 0..3 {
-            a.begin(&format!("wait {dmb}"));
-            b.ask(&format!("write {sender} 100 round {round}"));
-            b.ask(&format!("signal {sender} {}", 1u64 << round));
-            assert_eq!(a.answer()["bits"], 1u64 << round);
-            assert_eq!(a.ask(&format!("read {dmb} 100 7"))["text"], format!("round {round}"));
-        }
+        a.is_woken_by(&mut b, how);
     }
 }
 
@@ -170,14 +151,10 @@ fn a_program_that_is_killed_leaves_nothing_and_others_go_on() {
     let (mut a, mut b) = (program(&setup.a), program(&setup.b));
     let before = dmbs(&setup);
     let (mut victim, mut other) = (program(&setup.a), program(&setup.b));
-    let (dmb, token) = victim.register(&other, 1 << 20);
-    let (other_dmb, other_token) = other.register(&victim, 1 << 20);
-    let (sender, other_sender) = (victim.sender("attach", &other_token), other.sender("attach", &token));
-    victim.begin(&format!("exchange {dmb} {sender} {} 1", 1u64 << 40));
-    other.begin(&format!("exchange {other_dmb} {other_sender} {} 2", 1u64 << 40));
-    exchange(&mut a, &mut b, "attach", 16 << 20);
+    victim.begin_exchange(&mut other, ["attach"; 2], 1 << 20, ENDLESS);
+    a.exchange(&mut b, ["attach"; 2], 1 << 20, 16 << 20);
     victim.kill();
-    exchange(&mut a, &mut b, "attach", 16 << 20);
+    a.exchange(&mut b, ["attach"; 2], 1 << 20, 16 << 20);
     other.kill();
     a.kill();
     b.kill();
@@ -273,14 +250,14 @@ fn a_program_that_does_whatever_it_can_harms_nobody() {
     for (seed, (program, gid)) in hostile.iter_mut().zip(&gids).enumerate() {
         program.begin(&format!("abuse {gid} {seed} {STEPS} {}", tokens.join(" ")));
     }
-    exchange(&mut a, &mut b, "open", 4 << 20);
+    a.exchange(&mut b, ["open"; 2], 1 << 20, 4 << 20);
     for program in &mut hostile {
         let succeeded = program.answer().expect("it does what it can");
         println!("{succeeded} of {STEPS} things succeeded");
         assert!(succeeded > STEPS / 10 && program.ask("attach 0").is_err());
     }
     hostile.into_iter().for_each(Bare::kill);
-    exchange(&mut a, &mut b, "open", 1 << 20);
+    a.exchange(&mut b, ["open"; 2], 1 << 20, 1 << 20);
     a.kill();
     b.kill();
     until("the daemon has no DMB of theirs", || (dmbs(&setup) <= before).then_some(()));
@@ -296,7 +273,7 @@ fn a_program_of_the_host_and_one_of_a_guest_meet() {
     reload(&setup.a);
     let (mut guest, mut host) = (program(&setup.a), Driven::on_host(&setup.daemon.hub(), true));
     // Large DMBs have a control line of their own, so that they can be attached, if the window has room.
-    exchange(&mut guest, &mut host, "open", 16 << 20);
+    guest.exchange(&mut host, ["open"; 2], 1 << 20, 16 << 20);
     let (_, token) = host.register(&guest, 4096);
     let refused = guest.refused(&format!("attach {token}"));
     assert!(refused.contains("NotSupported") || refused.contains("NoSpace"), "{refused}");
@@ -312,11 +289,7 @@ fn a_program_of_the_host_and_one_of_a_guest_meet() {
 fn a_device_that_is_taken_away_ends_its_programs_connections() {
     let setup = setup();
     let (mut a, mut b) = (program(&setup.a), program(&setup.b));
-    let (a_dmb, a_token) = a.register(&b, 1 << 20);
-    let (b_dmb, b_token) = b.register(&a, 1 << 20);
-    let (a_sender, b_sender) = (a.sender("attach", &b_token), b.sender("attach", &a_token));
-    a.begin(&format!("exchange {a_dmb} {a_sender} {} 1", 1u64 << 40));
-    b.begin(&format!("exchange {b_dmb} {b_sender} {} 2", 1u64 << 40));
+    a.begin_exchange(&mut b, ["attach"; 2], 1 << 20, ENDLESS);
     assert!(!setup.a.run(&["rmmod", "dmbridge"]).status.success(), "it is in use");
     let name = setup.a.shell("ls -d /sys/bus/virtio/drivers/dmbridge/virtio* | sed s,.*/,,");
     setup.a.shell(&format!("echo {} >/sys/bus/virtio/drivers/dmbridge/unbind", name.trim()));
@@ -328,6 +301,6 @@ fn a_device_that_is_taken_away_ends_its_programs_connections() {
     setup.a.shell(&format!("echo {} >/sys/bus/virtio/drivers/dmbridge/bind; chmod 666 {FILE}", name.trim()));
     b.kill();
     let (mut a, mut b) = (program(&setup.a), program(&setup.b));
-    exchange(&mut a, &mut b, "attach", 1 << 20);
+    a.exchange(&mut b, ["attach"; 2], 1 << 20, 1 << 20);
     assert_kernel_is_content(&setup.a);
 }

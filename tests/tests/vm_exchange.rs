@@ -1,7 +1,6 @@
 //! Two guests under stock QEMU, and processes of the host, exchange data through DMBs: by map without any copy, by moves
 //! where somebody cannot map.
 
-use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::vm::shared::{Lent, Shared};
 use dmbridge_tests::vm::{Driven, VmPair};
 
@@ -16,47 +15,20 @@ fn setup() -> Lent<'static, VmPair> {
     SETUP.take(VmPair::boot)
 }
 
-/// Bytes that the daemon has copied so far.
-fn moved(daemon: &TestDaemon) -> u64 {
-    daemon.report().devices.iter().map(|device| device.moved_bytes).sum()
-}
-
-/// Registers a DMB at each for the other and sends both ways at once; the sender of each is made by this word.
-fn exchange(a: &mut Driven, b: &mut Driven, [a_by, b_by]: [&str; 2], dmb_size: u64, bytes: u64) {
-    let (a_dmb, a_token) = a.register(b, dmb_size);
-    let (b_dmb, b_token) = b.register(a, dmb_size);
-    let (a_sender, b_sender) = (a.sender(a_by, &b_token), b.sender(b_by, &a_token));
-    a.begin(&format!("exchange {a_dmb} {a_sender} {bytes} 1"));
-    b.begin(&format!("exchange {b_dmb} {b_sender} {bytes} 2"));
-    let (of_a, of_b) = (a.answer(), b.answer());
-    println!("{bytes} bytes each way in {} s", of_a["seconds"]);
-    assert_eq!(of_a["sent"], of_b["received"]);
-    assert_eq!(of_b["sent"], of_a["received"]);
-    assert_ne!(of_a["sent"], of_b["sent"], "they are different bytes");
-}
-
 #[test]
 fn what_one_guest_writes_the_other_reads_and_nothing_is_copied() {
     let setup = setup();
     let (mut a, mut b) = setup.drive();
-    let before = moved(&setup.daemon);
-    exchange(&mut a, &mut b, ["attach", "attach"], 2 << 20, exchange_bytes());
-    assert_eq!(moved(&setup.daemon), before);
+    let before = setup.moved_bytes();
+    a.exchange(&mut b, ["attach", "attach"], 2 << 20, exchange_bytes());
+    assert_eq!(setup.moved_bytes(), before);
 }
 
 #[test]
 fn a_sleeping_guest_is_woken_by_a_signal() {
     let setup = setup();
     let (mut a, mut b) = setup.drive();
-    let (dmb, token) = a.register(&b, 4096);
-    let sender = b.sender("attach", &token);
-    for round in 0..3 {
-        a.begin(&format!("wait {dmb}"));
-        b.ask(&format!("write {sender} 100 round {round}"));
-        b.ask(&format!("signal {sender} {}", 1u64 << round));
-        assert_eq!(a.answer()["bits"], 1u64 << round);
-        assert_eq!(a.ask(&format!("read {dmb} 100 7"))["text"], format!("round {round}"));
-    }
+    a.is_woken_by(&mut b, "attach");
 }
 
 #[test]
@@ -64,10 +36,10 @@ fn a_guest_that_cannot_map_moves_and_is_moved_to() {
     let setup = setup();
     let mut a = Driven::in_guest_with(&setup.a, &["pci", "--no-map"]);
     let mut b = Driven::in_guest_with(&setup.b, &["pci", "--no-map"]);
-    let before = moved(&setup.daemon);
+    let before = setup.moved_bytes();
     // Both DMBs lie in their owners' memory.
-    exchange(&mut a, &mut b, ["move", "move"], 2 << 20, exchange_bytes() / 4);
-    assert!(moved(&setup.daemon) - before >= exchange_bytes() / 2);
+    a.exchange(&mut b, ["move", "move"], 2 << 20, exchange_bytes() / 4);
+    assert!(setup.moved_bytes() - before >= exchange_bytes() / 2);
     let (_, token) = a.register(&b, 4096);
     assert!(b.refused(&format!("attach {token}")).contains("NotSupported"));
 }
@@ -78,7 +50,7 @@ fn guests_of_both_kinds_meet() {
     let mut a = Driven::in_guest(&setup.a);
     let mut b = Driven::in_guest_with(&setup.b, &["pci", "--no-map"]);
     // One DMB lies in the pool, the other one in its owner's memory; both sides move.
-    exchange(&mut a, &mut b, ["move", "move"], 1 << 20, exchange_bytes() / 16);
+    a.exchange(&mut b, ["move", "move"], 1 << 20, exchange_bytes() / 16);
 }
 
 #[test]
@@ -86,9 +58,9 @@ fn a_process_of_the_host_and_a_guest_exchange_by_map() {
     let setup = setup();
     let mut guest = Driven::in_guest(&setup.a);
     let mut host = Driven::on_host(&setup.daemon.hub(), true);
-    let before = moved(&setup.daemon);
-    exchange(&mut guest, &mut host, ["attach", "attach"], 2 << 20, exchange_bytes() / 4);
-    assert_eq!(moved(&setup.daemon), before);
+    let before = setup.moved_bytes();
+    guest.exchange(&mut host, ["attach", "attach"], 2 << 20, exchange_bytes() / 4);
+    assert_eq!(setup.moved_bytes(), before);
     let peer = guest.ask(&format!("query {}", host.gid()));
     assert_eq!(
         (&peer["map"], &peer["futex"]),
@@ -104,12 +76,12 @@ fn a_process_and_a_guest_exchange_by_every_pairing() {
         let arguments = if guest_maps { &["pci"][..] } else { &["pci", "--no-map"] };
         let mut guest = Driven::in_guest_with(&setup.a, arguments);
         let mut host = Driven::on_host(&setup.daemon.hub(), host_maps);
-        exchange(&mut guest, &mut host, ["move", "move"], 1 << 20, exchange_bytes() / 32);
+        guest.exchange(&mut host, ["move", "move"], 1 << 20, exchange_bytes() / 32);
     }
     // A DMB in the pool, which one side maps and into which the other one moves all the same.
     let mut guest = Driven::in_guest(&setup.a);
     let mut host = Driven::on_host(&setup.daemon.hub(), true);
-    exchange(&mut guest, &mut host, ["move", "attach"], 1 << 20, exchange_bytes() / 32);
+    guest.exchange(&mut host, ["move", "attach"], 1 << 20, exchange_bytes() / 32);
 }
 
 #[test]

@@ -84,11 +84,7 @@ impl Setup {
 
 /// Two devices that send to each other until something ends it.
 fn traffic(a: &mut Driven, b: &mut Driven) {
-    let (a_dmb, a_token) = a.register(b, 1 << 20);
-    let (b_dmb, b_token) = b.register(a, 1 << 20);
-    let (a_sender, b_sender) = (a.sender("attach", &b_token), b.sender("attach", &a_token));
-    a.begin(&format!("exchange {a_dmb} {a_sender} {ENDLESS} 1"));
-    b.begin(&format!("exchange {b_dmb} {b_sender} {ENDLESS} 2"));
+    a.begin_exchange(b, ["attach"; 2], 1 << 20, ENDLESS);
 }
 
 /// The device's exchange ends because its peer is gone, and so does an event say.

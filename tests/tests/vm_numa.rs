@@ -113,13 +113,8 @@ impl Pair {
         let mut peer = Driven::inside(vm, peer_cpu, HUB);
         // What tests before this one have left goes away.
         until_equal("extents", &0, || report(&mut owner)["extents"].as_array().expect("a list").len());
-        let (theirs, token) = owner.register(&peer, SIZE);
-        let (back, back_token) = peer.register(&owner, SIZE);
-        let (to, from) = (peer.sender("attach", &token), owner.sender("attach", &back_token));
         // It fills every page: chunks are half of a DMB.
-        owner.begin(&format!("exchange {theirs} {from} {SIZE} 1"));
-        peer.begin(&format!("exchange {back} {to} {SIZE} 2"));
-        assert_eq!(owner.answer()["received"], peer.answer()["sent"]);
+        owner.exchange(&mut peer, ["attach"; 2], SIZE, SIZE);
         Pair { owner, _peer: peer }
     }
 
@@ -285,13 +280,8 @@ fn large_moves_are_copied_by_cpus_of_the_node_where_they_arrive() {
     });
     let mut owner = Driven::inside(vm, 1, hub);
     let mut peer = Driven::inside(vm, 0, hub);
-    let (theirs, token) = owner.register(&peer, SIZE);
-    let (back, back_token) = peer.register(&owner, SIZE);
     // One direction by moves, the other one by stores.
-    let (to, from) = (peer.sender("move", &token), owner.sender("attach", &back_token));
-    owner.begin(&format!("exchange {theirs} {from} {SIZE} 1"));
-    peer.begin(&format!("exchange {back} {to} {SIZE} 2"));
-    assert_eq!(owner.answer()["received"], peer.answer()["sent"]);
+    owner.exchange(&mut peer, ["attach", "move"], SIZE, SIZE);
 
     let engines = owner.ask("get /tmp/engines.sock /v1/engines");
     println!("{engines}");

@@ -21,11 +21,7 @@ fn setup() -> Lent<'static, VmPair> {
 fn an_exchange_goes_on_where_it_was() {
     let mut setup = setup();
     let (mut a, mut b) = setup.drive();
-    let (a_dmb, a_token) = a.register(&b, 1 << 20);
-    let (b_dmb, b_token) = b.register(&a, 1 << 20);
-    let (a_sender, b_sender) = (a.sender("attach", &b_token), b.sender("attach", &a_token));
-    a.begin(&format!("exchange {a_dmb} {a_sender} {BYTES} 1"));
-    b.begin(&format!("exchange {b_dmb} {b_sender} {BYTES} 2"));
+    a.begin_exchange(&mut b, ["attach"; 2], 1 << 20, BYTES);
     for _ in 0..3 {
         setup.a.pause();
         sleep(WHILE);
@@ -36,8 +32,7 @@ fn an_exchange_goes_on_where_it_was() {
     sleep(WHILE);
     setup.a.resume();
     setup.b.resume();
-    let (of_a, of_b) = (a.answer(), b.answer());
-    assert_eq!((&of_a["sent"], &of_b["sent"]), (&of_b["received"], &of_a["received"]));
+    a.end_exchange(&mut b);
     // Each was told of the other, as often as that was seen, and of nothing worse.
     let (gid_a, gid_b) = (a.gid().to_string(), b.gid().to_string());
     for (driven, other) in [(&mut b, gid_a), (&mut a, gid_b)] {

@@ -1,5 +1,5 @@
 //! Measures what each engine takes for a copy, by size and by the nodes of source and destination. Done when the daemon
-//! starts, in some tens of milliseconds on a host with one node, and in less than [`BUDGET`] on any.
+//! starts, in some tens of milliseconds on a host with one node, and in less than a second on any.
 //!
 //! It is measured beside one thread that spins: that is the sender, who waits for its move. An engine that is only fast
 //! while nobody else runs is not fast on a host whose CPUs are for guests. Whoever waits for a long move sleeps, so those are

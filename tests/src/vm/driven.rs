@@ -16,6 +16,9 @@ use std::time::Duration;
 /// How long an answer may take: guests are slow without KVM.
 const ANSWER: Duration = Duration::from_secs(300);
 
+/// How long a program that was killed may take to end.
+const KILLED: Duration = Duration::from_secs(10);
+
 /// A device that does what it is told. Its process ends when this is dropped.
 #[derive(Debug)]
 pub struct Driven {
@@ -165,6 +168,43 @@ impl Driven {
         self.ask(&format!("{how} {token}"))["sender"].as_u64().expect("a number")
     }
 
+    /// Registers a DMB of this size at each for the other and has both send at once, each by a sender of its own that this
+    /// word makes, until they have sent so many bytes.
+    pub fn begin_exchange(&mut self, other: &mut Driven, by: [&str; 2], size: u64, bytes: u64) {
+        let (own, own_token) = self.register(other, size);
+        let (others, others_token) = other.register(self, size);
+        let (sender, others_sender) = (self.sender(by[0], &others_token), other.sender(by[1], &own_token));
+        self.begin(&format!("exchange {own} {sender} {bytes} 1"));
+        other.begin(&format!("exchange {others} {others_sender} {bytes} 2"));
+    }
+
+    /// Waits until both have sent all: each has received what the other sent.
+    pub fn end_exchange(&mut self, other: &mut Driven) {
+        let (of_this, of_other) = (self.answer(), other.answer());
+        println!("exchanged in {} s", of_this["seconds"]);
+        assert_eq!((&of_this["sent"], &of_other["sent"]), (&of_other["received"], &of_this["received"]));
+        assert_ne!(of_this["sent"], of_other["sent"], "they are different bytes");
+    }
+
+    /// Sends both ways at once.
+    pub fn exchange(&mut self, other: &mut Driven, by: [&str; 2], size: u64, bytes: u64) {
+        self.begin_exchange(other, by, size, bytes);
+        self.end_exchange(other);
+    }
+
+    /// Sleeps on a DMB of its own until the other, which writes by a sender that this word makes, signals; three times.
+    pub fn is_woken_by(&mut self, other: &mut Driven, by: &str) {
+        let (dmb, token) = self.register(other, 4096);
+        let sender = other.sender(by, &token);
+        for round in 0..3 {
+            self.begin(&format!("wait {dmb}"));
+            other.ask(&format!("write {sender} 100 round {round}"));
+            other.ask(&format!("signal {sender} {}", 1u64 << round));
+            assert_eq!(self.answer()["bits"], 1u64 << round);
+            assert_eq!(self.ask(&format!("read {dmb} 100 7"))["text"], format!("round {round}"));
+        }
+    }
+
     /// Has a guest's process end, so that it lets go of the device in good order.
     pub fn end(mut self) {
         if let End::Guest(running) = &self.end {
@@ -186,9 +226,16 @@ impl Driven {
 
 impl Drop for Driven {
     fn drop(&mut self) {
-        if let End::Host { child, .. } = &mut self.end {
-            let _ = child.kill();
-            let _ = child.wait();
+        match &mut self.end {
+            End::Host { child, .. } => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            // Until it has ended, nobody else gets its device.
+            End::Guest(running) => {
+                let killed = running.signal(Signal::SIGKILL).is_ok();
+                while killed && running.line(KILLED).is_ok() {}
+            }
         }
     }
 }

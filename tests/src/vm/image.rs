@@ -41,6 +41,19 @@ pub fn image_with_programs() -> &'static Path {
     })
 }
 
+/// Removes images of test programs that have ended: one that was killed leaves its own.
+fn remove_images_of_the_dead(folder: &Path) {
+    let maker = |name: &str| {
+        name.strip_prefix("guest-")?.strip_suffix(".cpio")?.split('.').next()?.parse::<u32>().ok()
+    };
+    for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        let maker = path.file_name().and_then(|name| maker(name.to_str()?));
+        if maker.is_some_and(|maker| !Path::new(&format!("/proc/{maker}")).exists()) {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
 /// The guest image, made once per test program.
 pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
@@ -48,6 +61,7 @@ pub fn image() -> &'static Path {
         let test = std::env::current_exe().expect("the test's own path");
         let programs = test.ancestors().nth(2).expect("target/profile/deps/test");
         // Beside what it is made of. Test programs that run at the same time each have their own.
+        remove_images_of_the_dead(programs);
         let image = programs.join(format!("guest-{}.cpio", std::process::id()));
         super::shared::remove_at_exit(&image);
         let files = PROGRAMS.map(|name| (programs.join(name), format!("/usr/bin/{name}")));
