@@ -66,6 +66,14 @@ pub struct Args {
     #[arg(long, value_name = "NUMBER")]
     move_queues: Option<u16>,
 
+    /// Start a worker and hold what must not be lost with it, so that it can be killed or replaced under its devices
+    #[arg(long, conflicts_with = "fd")]
+    pub keep: bool,
+
+    /// Be the worker of the keeper at the other end of this descriptor
+    #[arg(long, value_name = "FDNUM", hide = true)]
+    pub kept_by: Option<RawFd>,
+
     /// Check the configuration and exit
     #[arg(long)]
     pub check: bool,
@@ -97,6 +105,9 @@ pub enum UsageError {
     /// `--fd` names something else.
     #[error("--fd {0}: {1}; pass the number of an open, connected UNIX stream socket")]
     Fd(RawFd, &'static str),
+    /// `--kept-by` names something else.
+    #[error("--kept-by {0}: {1}; only a keeper (--keep) starts a worker")]
+    Keeper(RawFd, &'static str),
 }
 
 impl Args {
@@ -165,6 +176,22 @@ fn names(paths: &[PathBuf]) -> Vec<String> {
         return paths.iter().map(|path| short(path)).collect();
     }
     paths.iter().map(|path| path.display().to_string()).collect()
+}
+
+/// Takes over the worker's end of the link to its keeper, which every worker inherits.
+pub fn take_keeper(fd: RawFd) -> Result<OwnedFd, UsageError> {
+    let wrong = |what| UsageError::Keeper(fd, what);
+    // SAFETY: the descriptor is only asked questions; should it not be open, the first answer says so.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    if fd <= 2 || getsockopt(&borrowed, sockopt::SockType) != Ok(SockType::SeqPacket) {
+        return Err(wrong("this is no keeper's socket"));
+    }
+    let flags = nix::fcntl::FdFlag::FD_CLOEXEC;
+    nix::fcntl::fcntl(borrowed, nix::fcntl::FcntlArg::F_SETFD(flags))
+        .map_err(|_| wrong("it cannot be used"))?;
+    // SAFETY: it is open, above the standard streams, and was passed to this process to be taken; nothing else here
+    // knows its number, because this runs before anything was opened that stays open.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Takes over a descriptor that was inherited, if it is what it has to be.

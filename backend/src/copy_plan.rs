@@ -83,10 +83,13 @@ fn encode(plan: &CopyPlan) -> u32 {
 #[derive(Debug)]
 pub struct Revision(#[expect(dead_code, reason = "its end is the message")] Sender<()>);
 
-/// Measures, unless this process has, and sees to it that it is measured again.
-pub fn start() -> io::Result<Revision> {
+/// Measures, unless this process has or the plan of another is known, and sees to it that it is measured again.
+pub fn start(known: Option<CopyPlan>) -> io::Result<Revision> {
     static MEASURED: OnceLock<()> = OnceLock::new();
-    MEASURED.get_or_init(revise);
+    MEASURED.get_or_init(|| match known {
+        Some(plan) => CURRENT.store(encode(&plan), Ordering::Relaxed),
+        None => revise(),
+    });
     let (sender, ended) = channel();
     // It is not waited for: what it does touches nothing of the daemon's.
     std::thread::Builder::new().name("dmb-plan".into()).spawn(move || {

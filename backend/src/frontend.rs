@@ -18,14 +18,16 @@
 //! as well, tells: when its first byte is taken, the request before it is over and done.
 
 use crate::fabric::DeviceId;
+use crate::gate;
+use crate::keep;
 use crate::pool::memfile::{Borrower, MemFile};
 use dmbridge_proto::WINDOW_SHMID;
 use dmbridge_proto::ids::ExtentId;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,7 +39,8 @@ pub const REPLY_DEADLINE: Duration = Duration::from_secs(5);
 /// Version 1 of the protocol, in a message's flags.
 const VERSION: u32 = 1;
 const HEADER_SIZE: usize = 12;
-const REPLY_SIZE: usize = HEADER_SIZE + size_of::<u64>();
+/// Bytes of a reply.
+pub const REPLY_SIZE: usize = HEADER_SIZE + size_of::<u64>();
 const MESSAGE_SIZE: usize = HEADER_SIZE + size_of::<VhostUserMMap>();
 /// Makes of a request code one that means nothing, without a change of its first byte; QEMU says so on its standard error.
 const NOTHING: u32 = 0xff00;
@@ -51,8 +54,8 @@ pub struct MapRequest {
     pub device: DeviceId,
     /// The extent.
     pub extent: ExtentId,
-    /// The memory to map, and as whose; `None` to unmap.
-    pub file: Option<(Arc<MemFile>, Borrower)>,
+    /// The memory to map, and as whose; `None` to unmap. Without memory: another worker has sent it, and it is gone.
+    pub file: Option<(Option<Arc<MemFile>>, Borrower)>,
     /// Where in the window.
     pub offset: u64,
     /// Bytes.
@@ -93,7 +96,7 @@ pub enum Manner {
 
 /// How far a request has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+pub enum Stage {
     /// Its first byte was sent.
     Begun,
     /// All of it was sent.
@@ -102,15 +105,28 @@ enum Stage {
     Settling,
 }
 
+/// The request that is under way.
 #[derive(Debug)]
-struct Pending {
-    request: MapRequest,
-    stage: Stage,
-    deadline: Instant,
+pub struct Pending {
+    /// What was asked.
+    pub request: MapRequest,
+    /// How far it has come.
+    pub stage: Stage,
+    /// When it fails.
+    pub deadline: Instant,
     /// Nobody waits for the reply any more.
-    abandoned: bool,
+    pub abandoned: bool,
     /// It is overdue: nothing else is accepted before it comes.
-    overdue: bool,
+    pub overdue: bool,
+}
+
+/// Something to send, once it is written down that it is.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// With the file of the request that is under way.
+    pub file: bool,
 }
 
 /// Counts of requests sent.
@@ -126,13 +142,21 @@ pub struct Sent {
 #[derive(Debug)]
 pub struct Channel {
     socket: UnixStream,
-    manner: Manner,
-    queue: VecDeque<MapRequest>,
-    pending: Option<Pending>,
+    /// The number under which a keeper has the socket.
+    pub number: u64,
+    /// How the front-end is asked.
+    pub manner: Manner,
+    /// Requests that wait for their turn.
+    pub queue: VecDeque<MapRequest>,
+    /// The one that is under way.
+    pub pending: Option<Pending>,
+    /// With a keeper nothing is sent from here: this is what is to be sent.
+    pub outbox: VecDeque<Part>,
+    kept: bool,
     reply: [u8; REPLY_SIZE],
     received: usize,
     /// Requests are sent only while the driver has the device started: stock QEMU crashes otherwise.
-    open: bool,
+    pub open: bool,
     sent: Sent,
 }
 
@@ -141,14 +165,22 @@ impl Channel {
     pub fn new(socket: OwnedFd, manner: Manner) -> Channel {
         Channel {
             socket: socket.into(),
+            number: keep::number(),
             manner,
             queue: VecDeque::new(),
             pending: None,
+            outbox: VecDeque::new(),
+            kept: false,
             reply: [0; REPLY_SIZE],
             received: 0,
             open: false,
             sent: Sent::default(),
         }
+    }
+
+    /// From now on what is to be sent is left in the outbox.
+    pub fn keep(&mut self) {
+        self.kept = true;
     }
 
     /// What was sent so far.
@@ -200,8 +232,7 @@ impl Channel {
                 Manner::Guarded => (&message[..1], Stage::Begun),
             };
             // At most one request is unanswered, so it fits the socket's buffer unless the front-end plays tricks.
-            let file = request.file.as_ref().map(|(file, borrower)| file.lend(*borrower)).transpose();
-            match file.and_then(|file| self.send(part, file)) {
+            match self.send(part, request.file.as_ref()) {
                 Ok(()) => {
                     match request.file {
                         Some(_) => self.sent.maps += 1,
@@ -219,7 +250,27 @@ impl Channel {
         }
     }
 
-    fn send(&self, bytes: &[u8], file: Option<File>) -> io::Result<()> {
+    fn send(&mut self, bytes: &[u8], file: Option<&(Option<Arc<MemFile>>, Borrower)>) -> io::Result<()> {
+        if self.kept {
+            self.outbox.push_back(Part { bytes: bytes.to_vec(), file: file.is_some() });
+            return Ok(());
+        }
+        self.send_now(bytes, file)
+    }
+
+    /// Sends the first part of the outbox if that goes with a file.
+    pub fn send_file(&mut self) -> io::Result<()> {
+        let Some(part) = self.outbox.pop_front() else { return Ok(()) };
+        let file = self.pending.as_ref().and_then(|pending| pending.request.file.clone());
+        self.send_now(&part.bytes, file.as_ref())
+    }
+
+    fn send_now(&self, bytes: &[u8], file: Option<&(Option<Arc<MemFile>>, Borrower)>) -> io::Result<()> {
+        let lend = |(file, borrower): &(Option<Arc<MemFile>>, Borrower)| match file {
+            Some(file) => file.lend(*borrower),
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        let file = file.map(lend).transpose()?;
         let fd = file.as_ref().map(|file| [file.as_raw_fd()]);
         let fds = fd.as_ref().map(|fd| ControlMessage::ScmRights(fd));
         // The front-end's end shares the flags of the socket, so that the call has to say for itself that it does not block.
@@ -236,19 +287,21 @@ impl Channel {
     /// The front-end may have taken what was sent: sends the rest of what was begun.
     pub fn advance(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) -> Result<(), ChannelError> {
         while let Some(Pending { request, stage, abandoned, .. }) = &self.pending {
-            if *stage == Stage::Asked || !is_taken(&self.socket)? {
+            if *stage == Stage::Asked || !self.outbox.is_empty() || !is_taken(&self.socket)? {
                 return Ok(());
             }
             let go_on = self.open && !abandoned;
             match stage {
                 Stage::Begun if go_on => {
-                    self.send(&message(request)[1..], None)?;
+                    let rest = message(request);
+                    self.send(&rest[1..], None)?;
                     if let Some(pending) = &mut self.pending {
                         pending.stage = Stage::Asked;
                     }
                 }
                 Stage::Begun => {
-                    self.send(&nothing(code(request) | NOTHING)[1..], None)?;
+                    let rest = nothing(code(request) | NOTHING);
+                    self.send(&rest[1..], None)?;
                     if let Some(Pending { request, abandoned: false, .. }) = self.pending.take() {
                         self.queue.push_front(request);
                     }
@@ -301,6 +354,31 @@ impl Channel {
         }
     }
 
+    /// The next reply, if all of it has come; it stays where it is.
+    pub fn peek_reply(&self) -> Result<Option<[u8; REPLY_SIZE]>, ChannelError> {
+        let mut reply = [0; REPLY_SIZE];
+        let hung_up = gate::has_hung_up(self.socket.as_fd())?;
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(self.socket.as_raw_fd(), &mut reply, flags) {
+            Ok(REPLY_SIZE) => Ok(Some(reply)),
+            // All that will ever come had come.
+            Ok(_) if hung_up => Err(ChannelError::Closed),
+            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
+            Err(error) => Err(io::Error::from(error).into()),
+        }
+    }
+
+    /// This is the next reply.
+    pub fn take_reply(
+        &mut self,
+        reply: [u8; REPLY_SIZE],
+        now: Instant,
+        outcomes: &mut Vec<MapOutcome>,
+    ) -> Result<(), ChannelError> {
+        self.reply = reply;
+        self.replied(now, outcomes)
+    }
+
     fn replied(&mut self, now: Instant, outcomes: &mut Vec<MapOutcome>) -> Result<(), ChannelError> {
         let word = |at: usize| {
             u32::from_ne_bytes([self.reply[at], self.reply[at + 1], self.reply[at + 2], self.reply[at + 3]])
@@ -333,6 +411,7 @@ impl Channel {
 
     /// The channel is broken: everything fails.
     pub fn fail(&mut self, outcomes: &mut Vec<MapOutcome>) {
+        self.outbox.clear();
         if let Some(pending) = self.pending.take().filter(|p| !p.abandoned) {
             outcomes.push(MapOutcome { request: pending.request, done: false });
         }
@@ -398,6 +477,12 @@ fn is_taken(socket: &UnixStream) -> io::Result<bool> {
     Ok(unread <= NOTHING_UNREAD)
 }
 
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl AsRawFd for Channel {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
@@ -437,7 +522,7 @@ mod tests {
         fn request(&mut self, extent: u32, map: bool) {
             let file = map.then(|| {
                 let file = MemFile::new(1 << 20, None, &Default::default()).unwrap();
-                (Arc::new(file), Borrower::Owner)
+                (Some(Arc::new(file)), Borrower::Owner)
             });
             let request = MapRequest {
                 device: DeviceId::for_tests(1),

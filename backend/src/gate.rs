@@ -95,7 +95,8 @@ fn look_once(socket: BorrowedFd<'_>) -> Result<Option<Arrival>, GateError> {
     Ok(Some(Arrival::Message(word(0))))
 }
 
-fn has_hung_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
+/// Whether nothing more will come than has come.
+pub fn has_hung_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
     // SAFETY: one valid element, and no waiting.
     if unsafe { libc::poll(&raw mut poll, 1, 0) } < 0 {

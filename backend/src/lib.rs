@@ -22,6 +22,7 @@ pub mod frontend;
 pub mod gate;
 pub mod handler;
 pub mod hub;
+pub mod keep;
 pub mod memory;
 pub mod mover;
 pub mod notify;
@@ -36,6 +37,7 @@ pub mod socket;
 mod testing;
 pub mod throttle;
 pub mod topology;
+pub mod tracked;
 pub mod vring;
 
 pub use daemon::{Daemon, Error, Handle};

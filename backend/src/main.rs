@@ -8,12 +8,15 @@ mod size;
 
 use args::Args;
 use clap::Parser;
-use dmbridged::Daemon;
 use dmbridged::hub::DEFAULT_SOCKET_MODE;
+use dmbridged::keep::KeepError;
+use dmbridged::keep::keeper::{self, Ended, Program};
 use dmbridged::settings::Settings;
 use dmbridged::socket::Socket;
+use dmbridged::{Daemon, Error};
 use nix::sys::signal::{SigSet, Signal};
 use std::io::{IsTerminal, Write, stderr, stdout};
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 /// Exit codes: 0 when told to end, 1 for a failure, 2 for something that was asked for and cannot be.
@@ -24,7 +27,24 @@ fn main() -> ExitCode {
         return say(&capabilities::json());
     }
     let args = Args::parse();
-    let (log, check) = (args.log, args.check);
+    let (log, check, keep, kept_by) = (args.log, args.check, args.keep, args.kept_by);
+    let keeper = match kept_by.map(args::take_keeper).transpose() {
+        Ok(keeper) => keeper,
+        Err(error) => {
+            eprintln!("dmbridged: {error}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    if keep && keeper.is_none() && !check {
+        start_log(log);
+        return match keep_worker() {
+            Ok(Ended(code)) => ExitCode::from(code),
+            Err(error) => {
+                eprintln!("dmbridged: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let settings = match args.settings() {
         Ok(settings) => settings,
         Err(error) => {
@@ -35,16 +55,17 @@ fn main() -> ExitCode {
     if check {
         return say(&format!("the configuration is good: {}", summary(&settings)));
     }
-    tracing_subscriber::fmt()
-        .with_max_level(log)
-        .with_writer(stderr)
-        .with_ansi(stderr().is_terminal())
-        .init();
-    match serve(settings) {
+    start_log(log);
+    match serve(settings, keeper) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("dmbridged: {error}");
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(Error::Keep(KeepError::Book(_) | KeepError::Entry(..))) => {
+                    ExitCode::from(keeper::REFUSED)
+                }
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -60,18 +81,44 @@ fn say(answer: &str) -> ExitCode {
     }
 }
 
+fn start_log(level: tracing_subscriber::filter::LevelFilter) {
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(stderr)
+        .with_ansi(stderr().is_terminal())
+        .init();
+}
+
+/// Starts workers of what is at this program's path, one after the other.
+fn keep_worker() -> std::io::Result<Ended> {
+    let path = std::env::current_exe()?;
+    keeper::run(Program { path, arguments: std::env::args_os().skip(1).collect() })
+}
+
 /// Serves until a signal says stop, or there is nothing left to serve.
-fn serve(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
+fn serve(settings: Settings, keeper: Option<OwnedFd>) -> Result<(), Box<dyn std::error::Error>> {
+    let is_kept = keeper.is_some();
+    if is_kept {
+        // SAFETY: a number, which asks for a signal when the keeper ends: without it nobody would replace this worker.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) };
+    }
     // Before any thread starts, so that none of them is ended by one.
     let stop_signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
     stop_signals.thread_block()?;
     let control =
         settings.control.as_ref().map(|path| Socket::bind(path, DEFAULT_SOCKET_MODE)).transpose()?;
-    let daemon = Daemon::start(settings)?;
+    let daemon = match keeper {
+        Some(keeper) => Daemon::start_kept(settings, keeper)?,
+        None => Daemon::start(settings)?,
+    };
     let handle = daemon.handle();
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         let mut stopping = false;
         while let Ok(signal) = stop_signals.wait() {
+            if is_kept && signal == Signal::SIGHUP {
+                // The keeper's.
+                continue;
+            }
             if stopping {
                 // Whoever asks a second time does not want to wait.
                 std::process::exit(1);

@@ -6,6 +6,7 @@
 use crate::engine::cpu::CpuEngine;
 use crate::engine::set::{Choice, MoverEngines};
 use crate::engine::{self, Run};
+use crate::keep::book::Cell;
 use crate::memory::DeviceMemory;
 use crate::notify::EventFile;
 use crate::port::{Counters, Home, Port, Target};
@@ -48,11 +49,58 @@ pub struct MoveQueue {
     ring: Mutex<Option<Vring>>,
     /// Asks for the ring: a copy that is under way ends at its next step.
     stopping: AtomicBool,
+    /// Where what was done is noted before it is answered.
+    progress: Option<Progress>,
+    /// Answers to the moves that come first: another worker has done them.
+    done: Mutex<VecDeque<u8>>,
+}
+
+/// Which moves of a queue were done, in a cell that outlives the worker: a move must not be done again once a later one was. In the
+/// word: the available index after the last one, and that there is one; in the bytes the answers to the last of them, by index.
+#[derive(Debug)]
+pub struct Progress(Cell);
+
+impl Progress {
+    const SOME: u64 = 1 << 16;
+    /// The answer to a malformed chain.
+    const MALFORMED: u8 = u8::MAX;
+
+    /// In this cell.
+    pub fn new(cell: Cell) -> Progress {
+        Progress(cell)
+    }
+
+    /// The move with this index was done.
+    fn note(&self, index: u16, answer: u8) {
+        self.0.byte(usize::from(index) % AHEAD).store(answer, Ordering::Relaxed);
+        self.0.word().store(u64::from(index.wrapping_add(1)) | Progress::SOME, Ordering::Release);
+    }
+
+    /// The answers that belong into the used ring from this index on, as far as they are known.
+    pub fn answers(&self, used: u16) -> VecDeque<u8> {
+        let word = self.0.word().load(Ordering::Acquire);
+        let count = usize::from((word as u16).wrapping_sub(used));
+        if word & Progress::SOME == 0 || count > AHEAD {
+            return VecDeque::new();
+        }
+        (0..count).map(|at| self.0.byte((usize::from(used) + at) % AHEAD).load(Ordering::Relaxed)).collect()
+    }
+
+    /// The ring begins anew.
+    pub fn forget(&self) {
+        self.0.word().store(0, Ordering::Release);
+    }
 }
 
 impl MoveQueue {
     fn ring(&self) -> MutexGuard<'_, Option<Vring>> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_done(&self) -> Option<u8> {
+        // Without a keeper there never is one.
+        self.progress.as_ref()?;
+        self.done.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
     /// Where used elements are announced.
@@ -141,13 +189,24 @@ impl Mover {
     }
 
     /// Serves a queue from now on. `kick` is watched until [`withdraw`](Self::withdraw), and stays open so long.
-    pub fn serve(&self, port: Arc<Port>, limits: &Limits, ring: Vring, kick: RawFd) -> io::Result<Served> {
+    /// `progress` is where the next worker finds what was done; `done` is what this one found there.
+    pub fn serve(
+        &self,
+        port: Arc<Port>,
+        limits: &Limits,
+        ring: Vring,
+        kick: RawFd,
+        progress: Option<Progress>,
+        done: VecDeque<u8>,
+    ) -> io::Result<Served> {
         let queue = Arc::new(MoveQueue {
             port,
             max_segments: limits.max_segments as usize,
             max_move_size: limits.max_move_size,
             ring: Mutex::new(Some(ring)),
             stopping: AtomicBool::new(false),
+            progress,
+            done: Mutex::new(done),
         });
         let key = self.shared.next.fetch_add(1, Ordering::Relaxed);
         self.shared.queues().insert(key, queue.clone());
@@ -209,6 +268,19 @@ enum Outcome {
     Malformed,
     /// This is the answer.
     Done(Result<(), Status>),
+}
+
+impl Outcome {
+    fn to_byte(&self) -> u8 {
+        match self {
+            Outcome::Malformed => Progress::MALFORMED,
+            Outcome::Done(result) => Status::to_byte(result),
+        }
+    }
+
+    fn from_byte(byte: u8) -> Outcome {
+        Status::from_byte(byte).map_or(Outcome::Malformed, Outcome::Done)
+    }
 }
 
 /// How a turn ended.
@@ -315,7 +387,14 @@ impl Worker {
                 self.give_back(queue, ring)?;
             }
             let before = bytes;
-            let Some(outcome) = self.answer(queue, waiting.start, &mut bytes) else { break Turn::Later };
+            let outcome = match queue.take_done() {
+                Some(answer) => Some(Outcome::from_byte(answer)),
+                None => self.answer(queue, waiting.start, &mut bytes),
+            };
+            let Some(outcome) = outcome else { break Turn::Later };
+            if let Some(progress) = &queue.progress {
+                progress.note(ring.base().wrapping_sub(waiting.len() as u16), outcome.to_byte());
+            }
             self.answered.push((waiting.start, outcome));
             waiting.start += 1;
             moves += 1;
@@ -615,6 +694,26 @@ fn notify(home: &Home, target: &Target, header: &MoveHeader, counters: &Counters
         let _ = target.owner.tell(event);
     }
     Ok(())
+}
+
+/// Wakes the owner of a DMB if somebody may have had to and did not: who wakes takes the wish to be woken first.
+pub fn wake_again(target: &Target) {
+    let lost = match &*target.open() {
+        // What lies in a paused device's memory is left alone.
+        Some(home) if target.is_paused(home) => Some(true),
+        Some(home) => home.with_line(&target.owner, |line| {
+            let lost = !line.is_armed();
+            if lost {
+                futex_wake(line.futex_word());
+            }
+            lost
+        }),
+        None => None,
+    };
+    if lost == Some(true) {
+        let _ =
+            target.owner.tell(Event::Signal { index: target.index, token: target.token, gid: target.sender });
+    }
 }
 
 /// Wakes all waiters, in whatever process.

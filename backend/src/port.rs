@@ -6,15 +6,16 @@
 use crate::doorbell::Doorbell;
 use crate::engine::table::Kind;
 use crate::events::{Events, Full};
+use crate::keep::book::Cell;
 use crate::memory::SharedMemory;
 use crate::pool::memfile::MemFile;
 use crate::topology::NodeId;
 use dmbridge_proto::event::Event;
 use dmbridge_proto::extent::LINE_SIZE;
 use dmbridge_proto::ids::{Gid, Token};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 /// The number of a front-end's connection, never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,7 +39,12 @@ pub struct Port {
     /// The front-end has stopped the device and may start it again as it was: its memory is left alone meanwhile.
     paused: AtomicBool,
     doorbell: Doorbell,
+    /// Where it notes that the book does not know everything of its events.
+    told: OnceLock<Told>,
 }
+
+/// Ports of whose events the book does not know everything.
+pub type Told = Arc<Mutex<HashSet<SessionId>>>;
 
 /// Counts for people. On cache lines of their own, so that devices do not slow each other down.
 #[derive(Debug, Default)]
@@ -81,6 +87,19 @@ impl Port {
             targets: RwLock::default(),
             paused: AtomicBool::new(false),
             doorbell,
+            told: OnceLock::new(),
+        }
+    }
+
+    /// Its events are written down before they are told.
+    pub fn keep(&self, cell: Cell, told: Told) {
+        self.events().keep(cell);
+        let _ = self.told.set(told);
+    }
+
+    fn note(&self, events: &Events) {
+        if let Some(told) = self.told.get().filter(|_| events.has_changed()) {
+            told.lock().unwrap_or_else(PoisonError::into_inner).insert(self.session);
         }
     }
 
@@ -114,6 +133,7 @@ impl Port {
         let mut events = self.events();
         let memory = self.memory.read();
         let result = events.push(event, &memory);
+        self.note(&events);
         if memory.vanished() {
             self.expel();
         }
@@ -125,6 +145,25 @@ impl Port {
         let mut events = self.events();
         let memory = self.memory.read();
         events.flush(&memory);
+        self.note(&events);
+    }
+
+    /// Forgets what waits: the device was reset.
+    pub fn clear_events(&self) {
+        let mut events = self.events();
+        events.clear();
+        self.note(&events);
+    }
+
+    /// What is to be told is written down: tells it.
+    pub fn release_events(&self) {
+        let mut events = self.events();
+        let memory = self.memory.read();
+        events.release(&memory);
+        self.note(&events);
+        if memory.vanished() {
+            self.expel();
+        }
     }
 
     /// The DMB with this token, if the device is its peer.

@@ -5,19 +5,23 @@ use crate::copy_plan;
 use crate::fabric::{Attempt, DeviceId};
 use crate::frontend::Channel;
 use crate::hub::PeerCredentials;
+use crate::keep;
+use crate::memory::DeviceMemory;
 use crate::mover::Served;
 use crate::notify::EventFile;
 use crate::placement::NumaSettings;
 use crate::port::Port;
 use crate::settings::Limits;
 use crate::throttle::Throttle;
-use crate::vring::{Layout, Piece, Vring};
+use crate::vring::{Chain, Layout, Piece, Vring};
 use dmbridge_proto::FIRST_MOVE_QUEUE;
 use dmbridge_proto::config::{Config, MAGIC, VERSION_MAJOR};
 use dmbridge_proto::features::Features;
 use dmbridge_proto::ids::Gid;
 use dmbridge_proto::shm::CopyPlan;
 use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
 use vm_memory::GuestMemoryBackend;
@@ -57,13 +61,45 @@ pub struct Ring {
     /// The front-end has enabled it.
     pub enabled: bool,
     /// Watched for kicks while the ring is in service.
-    pub kick: Option<File>,
+    pub kick: Option<Kick>,
     /// Where used elements are announced.
     pub call: Option<Arc<EventFile>>,
     /// Where its end is announced.
     pub err: Option<Arc<EventFile>>,
     /// Whether it is in service.
     pub service: Service,
+}
+
+/// A descriptor that the driver kicks.
+#[derive(Debug)]
+pub struct Kick {
+    file: File,
+    /// The number under which a keeper has it.
+    pub number: u64,
+}
+
+impl Kick {
+    /// What the front-end sent.
+    pub fn new(file: File) -> Kick {
+        Kick::numbered(file, keep::number())
+    }
+
+    /// The one that a keeper has under this number.
+    pub fn numbered(file: File, number: u64) -> Kick {
+        Kick { file, number }
+    }
+}
+
+impl AsFd for Kick {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl AsRawFd for Kick {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
 }
 
 /// Who serves a ring.
@@ -92,22 +128,26 @@ impl Ring {
             && self.addresses.is_some()
     }
 
-    /// The ring, at the front-end's addresses as its memory table translates them.
-    pub fn vring(&self, port: &Port, features: Features) -> Result<Vring, crate::vring::Broken> {
-        let memory = port.memory.read();
+    /// Where the ring is: the front-end's addresses as its memory table translates them.
+    pub fn layout(&self, memory: &DeviceMemory, features: Features) -> Result<Layout, crate::vring::Broken> {
         let (descriptors, used, available) = self.addresses.unwrap_or_default();
         let at = |addr| {
             memory.guest_addr_of(addr).ok_or(crate::vring::Broken::from(virtio_queue::Error::AddressOverflow))
         };
-        let layout = Layout {
+        Ok(Layout {
             size: self.size,
             descriptors: at(descriptors)?,
             available: at(available)?,
             used: at(used)?,
             base: self.base,
             event_idx: features.contains(Features::RING_EVENT_IDX),
-        };
-        let mut vring = Vring::new(layout, memory.guest())?;
+        })
+    }
+
+    /// The ring.
+    pub fn vring(&self, port: &Port, features: Features) -> Result<Vring, crate::vring::Broken> {
+        let memory = port.memory.read();
+        let mut vring = Vring::new(self.layout(&memory, features)?, memory.guest())?;
         vring.set_call(self.call.clone());
         vring.set_err(self.err.clone());
         Ok(vring)
@@ -126,9 +166,9 @@ impl Ring {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Paused {
     /// Where its rings stopped.
-    bases: Vec<u16>,
+    pub bases: Vec<u16>,
     /// Virtio features that the driver accepted.
-    features: u64,
+    pub features: u64,
 }
 
 /// A command that waits for its front-end.
@@ -142,6 +182,30 @@ pub struct Suspended {
     pub writable: Vec<Piece>,
     /// What came while the ring was disabled.
     pub answer: Option<Attempt>,
+}
+
+/// The answer to a command that was done; with a keeper it is written down before it is given.
+#[derive(Debug)]
+pub struct Answer {
+    /// Index of its used element.
+    pub used: u16,
+    /// Its chain, of which only this and what is writable counts.
+    pub chain: Chain,
+    /// The answer.
+    pub response: Vec<u8>,
+}
+
+/// What a session with a keeper has besides.
+#[derive(Debug)]
+pub struct KeptSession {
+    /// The front-end's socket.
+    pub socket: UnixStream,
+    /// The number under which the keeper has it.
+    pub number: u64,
+    /// The first of its cells in the book: for its events, then for each move queue.
+    pub first_cell: u32,
+    /// Where the handler gets its messages, and leaves its answers.
+    pub feed: UnixStream,
 }
 
 /// One front-end's connection.
@@ -183,6 +247,10 @@ pub struct Session {
     pub watched: bool,
     /// The command that waits.
     pub suspended: Option<Suspended>,
+    /// An answer that is not written down yet.
+    pub answer: Option<Answer>,
+    /// What it has besides if it is kept.
+    pub kept: Option<KeptSession>,
     /// For requests to the front-end.
     pub channel: Option<Channel>,
     /// Slows the control queue down.
@@ -224,6 +292,8 @@ impl Session {
             paused: None,
             watched: false,
             suspended: None,
+            answer: None,
+            kept: None,
             channel: None,
             throttle: Throttle::new(limits.commands_per_second),
             commands: 0,

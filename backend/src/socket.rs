@@ -1,5 +1,6 @@
 //! Sockets that the daemon makes in the file system: no stale one in the way, none left behind, never anybody else's.
 
+use crate::keep;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::{Mode, fchmod};
 use std::fs::{self, Permissions};
@@ -16,6 +17,7 @@ pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
     inode: (u64, u64),
+    number: u64,
 }
 
 /// Why there is no socket, and what to do about it.
@@ -64,7 +66,24 @@ impl Socket {
         remove_stale(path)?;
         let listener = listen_at(path, mode).map_err(failed)?;
         let inode = fs::symlink_metadata(path).map(|m| (m.dev(), m.ino())).map_err(failed)?;
-        Ok(Socket { listener, path: path.into(), inode })
+        Ok(Socket { listener, path: path.into(), inode, number: keep::number() })
+    }
+
+    /// The one that another worker made at `path`, and that a keeper has under this number; `None` if something else is
+    /// there now.
+    pub fn adopt(path: &Path, listener: UnixListener, inode: (u64, u64), number: u64) -> Option<Socket> {
+        let is_there = fs::symlink_metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == inode);
+        is_there.then(|| Socket { listener, path: path.into(), inode, number })
+    }
+
+    /// Device and inode of the path.
+    pub fn inode(&self) -> (u64, u64) {
+        self.inode
+    }
+
+    /// The number under which a keeper has it.
+    pub fn number(&self) -> u64 {
+        self.number
     }
 
     /// Where it is.

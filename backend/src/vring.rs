@@ -197,6 +197,25 @@ impl Vring {
         self.queue.next_avail()
     }
 
+    /// Index of the next used element.
+    pub fn used(&self) -> u16 {
+        self.queue.next_used()
+    }
+
+    /// The used index as it is in the ring.
+    pub fn used_at(layout: &Layout, memory: &GuestMemoryMmap) -> Option<u16> {
+        const INDEX: u64 = 2;
+        let at = layout.used.checked_add(INDEX)?;
+        memory.load(GuestAddress(at), Ordering::Acquire).ok().map(u16::from_le)
+    }
+
+    /// The length in the used element with this index, as it is in the ring.
+    pub fn used_len(&self, index: u16, memory: &GuestMemoryMmap) -> Option<u32> {
+        const ELEMENTS: u64 = 4;
+        let at = self.queue.used_ring() + ELEMENTS + 8 * u64::from(index % self.queue.size()) + 4;
+        memory.load(GuestAddress(at), Ordering::Acquire).ok().map(u32::from_le)
+    }
+
     /// Puts the chains back that were taken last, so many.
     pub fn unpop(&mut self, count: usize) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count as u16));

@@ -103,6 +103,21 @@ impl TestDaemon {
         self.child.id()
     }
 
+    /// The worker that a daemon with a keeper has now, if it has one.
+    pub fn worker(&self) -> Option<u32> {
+        let pid = self.pid();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+        children.split_whitespace().next()?.parse().ok()
+    }
+
+    /// Ends the worker by SIGKILL. The keeper starts another.
+    pub fn kill_worker(&self) {
+        let worker = until("there is a worker", || self.worker());
+        let pid = nix::unistd::Pid::from_raw(worker as i32);
+        // It may be gone already.
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+
     /// What the daemon reports.
     pub fn report(&self) -> Report {
         let body = self.get("/v1/report").expect("the control API answers");

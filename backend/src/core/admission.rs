@@ -74,10 +74,14 @@ impl Core {
 
     fn configure(&mut self, device: DeviceSettings) -> io::Result<usize> {
         let DeviceSettings { name, group, gid, limits, numa, .. } = device;
-        let gid = match gid {
+        let known = || self.keeping.as_ref()?.gid_of(&name);
+        let gid = match gid.or_else(known) {
             Some(gid) => gid,
             None => self.fresh_gid()?,
         };
+        if let Some(keeping) = &mut self.keeping {
+            keeping.keep_gid(&name, gid);
+        }
         self.gids.insert(gid);
         let (name, group) = (name.into(), group.into());
         self.configured.push(Configured { name, group, gid, limits, numa, session: None, listener: None });
@@ -86,6 +90,9 @@ impl Core {
 
     fn listen(&mut self, socket: Socket, listener: impl FnOnce(Socket) -> Listener) -> io::Result<()> {
         socket.set_nonblocking(true)?;
+        if let Some(keeping) = &mut self.keeping {
+            keeping.keep_listener(&socket);
+        }
         self.watch(socket.as_fd().as_raw_fd(), Source::Listener(self.listeners.len()))?;
         self.listeners.push(listener(socket));
         Ok(())
@@ -173,11 +180,16 @@ impl Core {
         stream.set_nonblocking(false)?;
         self.next_session += 1;
         let id = SessionId(self.next_session);
-        self.watch(stream.as_raw_fd(), Source::Socket(id))?;
         tracing::debug!(device = %name, %gid, %group, "a front-end connected");
         let port = Arc::new(Port::new(id, self.doorbell.clone(), numa.engine));
+        let mut session = Session::new(name, origin, peer, gid, group, limits, numa, port);
+        let watched = stream.as_raw_fd();
+        let stream = if self.is_kept() { self.keep_session(&mut session, stream)? } else { stream };
+        let watched = session.kept.as_ref().map_or(watched, |kept| kept.socket.as_raw_fd());
+        self.watch(watched, Source::Socket(id))?;
         self.gids.insert(gid);
-        self.sessions.insert(id, Session::new(name, origin, peer, gid, group, limits, numa, port));
+        self.sessions.insert(id, session);
+        self.touch(id);
         self.queue(Work::Read(id));
         Ok(Arrived { id, stream })
     }
@@ -185,8 +197,9 @@ impl Core {
     /// Ends a session, whose socket is this one; it is closed with its handler.
     pub fn end(&mut self, id: SessionId, socket: RawFd, reason: GoneReason) {
         self.reset(id, reason);
-        self.unwatch(socket);
         let Some(session) = self.sessions.remove(&id) else { return };
+        self.unwatch(session.kept.as_ref().map_or(socket, |kept| kept.socket.as_raw_fd()));
+        self.forget_session(id, &session);
         tracing::debug!(device = %session.name, ?reason, "the front-end is gone");
         if let Some(channel) = &session.channel {
             self.unwatch(channel.as_raw_fd());

@@ -4,7 +4,7 @@ use super::{Core, Work};
 use crate::fabric::{Attempt, DeviceId};
 use crate::memory::DeviceMemory;
 use crate::port::SessionId;
-use crate::session::{Service, Session, Suspended};
+use crate::session::{Answer, Service, Session, Suspended};
 use crate::vring::{Broken, Chain};
 use dmbridge_proto::control::{Command, HEADER_SIZE, Reply, Request, Response};
 use dmbridge_proto::status::Status;
@@ -20,7 +20,7 @@ impl Core {
         for turn in 0.. {
             let Some(session) = self.sessions.get_mut(&id) else { return };
             let Service::Control(_) = session.rings[0].service else { return };
-            if session.suspended.is_some() {
+            if session.suspended.is_some() || session.answer.is_some() {
                 break;
             }
             let now = Instant::now();
@@ -47,9 +47,10 @@ impl Core {
         }
     }
 
-    fn break_control(&mut self, id: SessionId, broken: &Broken) {
+    pub(super) fn break_control(&mut self, id: SessionId, broken: &Broken) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         tracing::warn!(device = %session.name, queue = "control", "{broken}; the queue is stopped");
+        session.answer = None;
         // A ring whose memory has vanished reads as zeroes, and cannot be followed either.
         session.port.check_memory();
         let kick = session.rings[0].kick.as_ref().map(AsRawFd::as_raw_fd);
@@ -57,6 +58,7 @@ impl Core {
         if let Some(kick) = kick {
             self.unwatch(kick);
         }
+        self.touch(id);
     }
 
     /// Does one command. False if there is none.
@@ -92,13 +94,18 @@ impl Core {
         let request = Command::parse(&self.request)
             .and_then(fits)
             .and_then(|()| Request::parse(&self.request, session.limits.max_segments));
+        let is_full = self.keeping.as_ref().is_some_and(|keeping| keeping.kept.book.is_nearly_full());
         let result = match request {
+            Ok(Request::Register(_)) if is_full => Some(Err(Status::NoMemory)),
             Ok(request) => self.fabric.execute(device, &request, Attempt::First),
             Err(status) => Some(Err(status)),
         };
         let Some(session) = self.sessions.get_mut(&id) else { return Ok(false) };
         match result {
-            Some(result) => answer(session, &self.chain, result)?,
+            Some(result) => {
+                let kept = self.keeping.is_some();
+                answer(session, &self.chain, result, kept)?;
+            }
             None => {
                 session.suspended = Some(Suspended {
                     request: self.request.clone(),
@@ -108,7 +115,9 @@ impl Core {
                 });
             }
         }
+        self.touch_command(id);
         self.settle();
+        self.commit();
         Ok(true)
     }
 
@@ -120,7 +129,7 @@ impl Core {
         if !matches!(session.rings[0].service, Service::Control(_)) {
             suspended.answer = Some(attempt);
             session.suspended = Some(suspended);
-            return;
+            return self.touch_command(id);
         }
         let result = match Request::parse(&suspended.request, session.limits.max_segments) {
             Ok(request) => self.fabric.execute(device, &request, attempt),
@@ -132,9 +141,10 @@ impl Core {
             return;
         };
         let chain = Chain { head: suspended.head, writable: suspended.writable, ..Chain::default() };
-        if let Err(broken) = answer(session, &chain, result) {
+        if let Err(broken) = answer(session, &chain, result, self.keeping.is_some()) {
             self.break_control(id, &broken);
         }
+        self.touch_command(id);
         self.queue(Work::Commands(id));
     }
 
@@ -164,10 +174,21 @@ fn read_request(memory: &DeviceMemory, chain: &Chain, max_segments: u32, request
     true
 }
 
-/// Answers a command.
-fn answer(session: &mut Session, chain: &Chain, result: Result<Reply, Status>) -> Result<(), Broken> {
+/// Answers a command; with a keeper as soon as that is written down.
+fn answer(
+    session: &mut Session,
+    chain: &Chain,
+    result: Result<Reply, Status>,
+    kept: bool,
+) -> Result<(), Broken> {
     let Service::Control(vring) = &mut session.rings[0].service else { return Ok(()) };
     let response = Response::from(result);
+    if kept {
+        session.commands += 1;
+        let chain = Chain { head: chain.head, writable: chain.writable.clone(), ..Chain::default() };
+        session.answer = Some(Answer { used: vring.used(), chain, response: response.as_bytes().to_vec() });
+        return Ok(());
+    }
     let memory = session.port.memory.read();
     let len = if chain.respond(&memory, response.as_bytes()) { response.as_bytes().len() } else { 0 };
     session.commands += 1;

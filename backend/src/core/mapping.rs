@@ -24,6 +24,7 @@ impl Core {
                     Effect::Resume(device, attempt) => self.resume(device, attempt),
                     Effect::Ask(request) => {
                         let Some(id) = self.started.get(&request.device).copied() else { continue };
+                        self.touch(id);
                         let mut outcomes = Vec::new();
                         let channel = self.sessions.get_mut(&id).and_then(|s| s.channel.as_mut());
                         match channel {
@@ -44,7 +45,7 @@ impl Core {
         }
     }
 
-    fn watch_deadline(&mut self, id: SessionId) {
+    pub(super) fn watch_deadline(&mut self, id: SessionId) {
         let channel = self.sessions.get(&id).and_then(|s| s.channel.as_ref());
         if let Some(when) = channel.and_then(Channel::deadline) {
             self.timers.insert((when, Work::Expire(id)));
@@ -53,6 +54,9 @@ impl Core {
 
     /// The backend channel may have something to say, or has taken something.
     pub(super) fn read_channel(&mut self, id: SessionId) {
+        if self.is_kept() {
+            return self.read_kept_channel(id);
+        }
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(channel) = &mut session.channel else { return };
         let mut outcomes = Vec::new();
@@ -72,6 +76,7 @@ impl Core {
 
     /// A reply may be overdue.
     pub fn expire(&mut self, id: SessionId) {
+        self.touch(id);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(channel) = &mut session.channel else { return };
         let mut outcomes = Vec::new();
@@ -87,6 +92,7 @@ impl Core {
     /// Takes `SET_BACKEND_REQ_FD`, which is at the gate. `vhost` would hand over a channel that blocks, and whose
     /// descriptor it hides.
     pub fn take_channel(&mut self, id: SessionId, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let kept = self.is_kept();
         let (header, fds) = receive_with_fds(socket)?;
         let session = self.sessions.get_mut(&id).ok_or(io::ErrorKind::NotConnected)?;
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| invalid("it needs one descriptor"))?;
@@ -101,6 +107,9 @@ impl Core {
         }
         let manner = if session.is_qemu() { Manner::Guarded } else { Manner::Plain };
         let mut channel = Channel::new(stream.into(), manner);
+        if kept {
+            channel.keep();
+        }
         let mut outcomes = Vec::new();
         if let Some(mut old) = session.channel.take() {
             old.fail(&mut outcomes);

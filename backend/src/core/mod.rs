@@ -3,10 +3,13 @@
 
 mod admission;
 mod commands;
+mod entries;
+mod keeping;
 mod mapping;
 mod pause;
 mod report;
 mod rings;
+mod takeover;
 
 pub use admission::Arrived;
 pub use report::Snapshot;
@@ -21,6 +24,7 @@ use crate::vring::Chain;
 use admission::{Configured, Listener};
 use dmbridge_proto::EVENT_QUEUE;
 use dmbridge_proto::ids::Gid;
+use keeping::Keeping;
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::RawFd;
@@ -147,6 +151,10 @@ pub struct Core {
     timers: BTreeSet<(Instant, Work)>,
     chain: Chain,
     request: Vec<u8>,
+    keeping: Option<Keeping>,
+    /// With a keeper: sessions with an answer to give or requests to send, and with events to tell, as soon as that is written down.
+    to_perform: HashSet<SessionId>,
+    to_release: HashSet<SessionId>,
 }
 
 impl Core {
@@ -180,6 +188,9 @@ impl Core {
             timers: BTreeSet::new(),
             chain: Chain::default(),
             request: Vec::new(),
+            keeping: None,
+            to_perform: HashSet::new(),
+            to_release: HashSet::new(),
         };
         core.watch(inbox, Source::Inbox)?;
         Ok(core)
@@ -192,6 +203,7 @@ impl Core {
 
     /// The session with this number, to be changed.
     pub fn session_mut(&mut self, id: SessionId) -> Result<&mut Session, Refusal> {
+        self.touch(id);
         self.sessions.get_mut(&id).ok_or(Refusal::Ended)
     }
 

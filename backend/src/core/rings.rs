@@ -5,7 +5,7 @@ use crate::copy_plan;
 use crate::fabric::Joining;
 use crate::notify::EventFile;
 use crate::port::SessionId;
-use crate::session::{Ring, Service};
+use crate::session::{Kick, Ring, Service};
 use dmbridge_proto::config::CONFIG_SIZE;
 use dmbridge_proto::event::GoneReason;
 use dmbridge_proto::features::Features;
@@ -63,7 +63,7 @@ impl Core {
     pub fn set_kick(&mut self, id: SessionId, index: u32, fd: Option<File>) -> Result<(), Refusal> {
         self.ring_mut(id, index)?;
         self.pause_ring(id, index);
-        self.ring_mut(id, index)?.kick = fd;
+        self.ring_mut(id, index)?.kick = fd.map(Kick::new);
         self.update_rings(id)
     }
 
@@ -157,13 +157,22 @@ impl Core {
         for index in 0..session.rings.len() {
             let session = self.session(id)?;
             if session.rings[index].ready() && (index == 0 || session.is_running()) {
+                let progress = self.progress(session, index as u32);
+                if let Some(keeping) = self.keeping.as_mut().filter(|_| index != 0) {
+                    if let Some(progress) = progress {
+                        progress.forget();
+                    }
+                    // Nothing of it is used before it is written down that it is.
+                    keeping.to_start.push((id, index as u32));
+                    continue;
+                }
                 self.start_ring(id, index as u32)?;
             }
         }
         Ok(())
     }
 
-    fn start_ring(&mut self, id: SessionId, index: u32) -> Result<(), Refusal> {
+    pub(super) fn start_ring(&mut self, id: SessionId, index: u32) -> Result<(), Refusal> {
         let refuse = |error| Refusal::Descriptor(index, error);
         let session = self.sessions.get_mut(&id).ok_or(Refusal::Ended)?;
         let features = session.accepted();
@@ -180,8 +189,15 @@ impl Core {
         let port = session.port.clone();
         if index >= u32::from(FIRST_MOVE_QUEUE) {
             let mover = (id.0 as usize + index as usize) % self.movers.len();
-            let served = self.movers[mover].serve(port, &session.limits, vring, kick).map_err(refuse)?;
-            ring.service = Service::Move(mover, served);
+            let limits = session.limits;
+            let progress = self.progress(self.session(id)?, index);
+            let answers =
+                progress.as_ref().map(|progress| progress.answers(vring.used())).unwrap_or_default();
+            let served =
+                self.movers[mover].serve(port, &limits, vring, kick, progress, answers).map_err(refuse)?;
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.rings[index as usize].service = Service::Move(mover, served);
+            }
             return Ok(());
         }
         self.watch(kick, Source::Kick(id, index as u16)).map_err(refuse)?;
@@ -237,8 +253,10 @@ impl Core {
 
     /// As [`reset`](Self::reset), when no queue is served.
     pub(super) fn leave(&mut self, id: SessionId, reason: GoneReason) {
+        self.touch(id);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.suspended = None;
+        session.answer = None;
         session.paused = None;
         session.port.set_paused(false);
         if let Some(channel) = &mut session.channel {
@@ -250,7 +268,7 @@ impl Core {
             let port = session.port.clone();
             self.started.remove(&device);
             self.fabric.leave(device, reason);
-            port.events().clear();
+            port.clear_events();
         }
     }
 }

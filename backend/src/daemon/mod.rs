@@ -10,6 +10,7 @@ use crate::doorbell::{self, Doorbell, Message};
 use crate::engine::set::EngineSet;
 use crate::fabric::Fabric;
 use crate::hub::DEFAULT_SOCKET_MODE;
+use crate::keep::{KeepError, Kept};
 use crate::mover::Mover;
 use crate::report::Report;
 use crate::settings::{Endpoint, Settings, SettingsError, reserved_huge_pages};
@@ -17,6 +18,8 @@ use crate::socket::{Socket, SocketError};
 use crate::topology::Topology;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
@@ -32,6 +35,9 @@ pub enum Error {
     /// A descriptor that was handed over is no connected vhost-user socket.
     #[error("the descriptor of device {0} is not a connected UNIX stream socket")]
     Descriptor(String),
+    /// What another worker left cannot be taken over.
+    #[error(transparent)]
+    Keep(#[from] KeepError),
     /// The operating system refused.
     #[error("the daemon cannot run: {0}")]
     Io(#[from] io::Error),
@@ -44,7 +50,7 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Daemon {
     handle: Handle,
-    thread: Option<JoinHandle<io::Result<()>>>,
+    thread: Option<JoinHandle<Result<(), Error>>>,
     _revision: copy_plan::Revision,
 }
 
@@ -57,6 +63,16 @@ pub struct Handle {
 impl Daemon {
     /// Starts a daemon: its sockets are there when this returns.
     pub fn start(settings: Settings) -> Result<Daemon, Error> {
+        Daemon::start_with(settings, None)
+    }
+
+    /// As [`start`](Self::start), as the worker of the keeper at the other end of this socket: the daemon goes on where the one before
+    /// it ended.
+    pub fn start_kept(settings: Settings, keeper: OwnedFd) -> Result<Daemon, Error> {
+        Daemon::start_with(settings, Some(keeper))
+    }
+
+    fn start_with(settings: Settings, keeper: Option<OwnedFd>) -> Result<Daemon, Error> {
         crate::notify::prepare();
         settings.check()?;
         raise_descriptor_limit();
@@ -67,9 +83,15 @@ impl Daemon {
                 size >> 10
             );
         }
+        let keeping = keeper.map(Kept::take_over).transpose()?;
+        let bind =
+            |path: &Path, mode| match keeping.as_ref().and_then(|(kept, heirs)| kept.listener(path, heirs)) {
+                Some(socket) => Ok(socket),
+                None => Socket::bind(path, mode),
+            };
         let hub = match settings.hub {
             Some(hub) => {
-                let socket = Socket::bind(&hub.socket, hub.mode)?;
+                let socket = bind(&hub.socket, hub.mode)?;
                 Some((hub, socket))
             }
             None => None,
@@ -77,7 +99,7 @@ impl Daemon {
         let mut devices = Vec::with_capacity(settings.devices.len());
         for mut device in settings.devices {
             let entrance = match std::mem::replace(&mut device.endpoint, Endpoint::Path(Default::default())) {
-                Endpoint::Path(path) => Entrance::Socket(Socket::bind(&path, DEFAULT_SOCKET_MODE)?),
+                Endpoint::Path(path) => Entrance::Socket(bind(&path, DEFAULT_SOCKET_MODE)?),
                 Endpoint::Fd(fd) => {
                     let stream = std::os::unix::net::UnixStream::from(fd);
                     if stream.peer_addr().is_err() {
@@ -89,7 +111,8 @@ impl Daemon {
             devices.push((device, entrance));
         }
         // Before the engines, which copy by it.
-        let revision = copy_plan::start()?;
+        let known = keeping.as_ref().and_then(|(kept, _)| kept.copy_plan());
+        let revision = copy_plan::start(known)?;
         let topology = Topology::of_host();
         let engines = EngineSet::start(&settings.engines, &topology)?;
         let movers: Vec<Mover> = (0..settings.movers)
@@ -103,6 +126,7 @@ impl Daemon {
             engines,
             devices,
             hub,
+            keeping,
             doorbell: doorbell.clone(),
             inbox,
         };
@@ -124,7 +148,7 @@ impl Daemon {
 
     fn wait(&mut self) -> Result<(), Error> {
         match self.thread.take() {
-            Some(thread) => Ok(thread.join().map_err(|_| Error::Panic)??),
+            Some(thread) => thread.join().map_err(|_| Error::Panic)?,
             None => Ok(()),
         }
     }

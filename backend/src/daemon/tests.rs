@@ -21,10 +21,11 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
@@ -687,4 +688,149 @@ fn malformed_commands_are_returned_and_the_next_is_answered() {
     queue.kick.write(1).unwrap();
     assert_eq!(client.used(CONTROL_QUEUE), 8);
     assert_eq!(client.guest.read(answer, 1)[0], Status::NotSupported as u8);
+}
+
+/// What a keeper that is a thread of this process has.
+type Kept = Arc<Mutex<HashMap<u64, OwnedFd>>>;
+
+/// A keeper that has this; the worker's end of the link.
+fn keeper(kept: &Kept) -> OwnedFd {
+    use crate::keep::link::{Word, receive};
+    use nix::sys::socket::{AddressFamily, ControlMessage, SockFlag, SockType, sendmsg, socketpair};
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let kept = kept.clone();
+    std::thread::spawn(move || {
+        let all = copy(&kept);
+        for (number, fd) in all.iter().map(|(n, fd)| (*n, fd.as_raw_fd())).chain([(0, ours.as_raw_fd())]) {
+            let (bytes, fds) = (number.to_le_bytes(), [fd]);
+            let iov = [std::io::IoSlice::new(&bytes)];
+            let rights = [ControlMessage::ScmRights(&fds)];
+            // A worker that refuses does not read everything.
+            let _ = sendmsg::<()>(ours.as_raw_fd(), &iov, &rights, MsgFlags::MSG_NOSIGNAL, None);
+        }
+        let mut bytes = [0; 16];
+        while let Ok((16, fds)) = receive(ours.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+            match Word::from_bytes(&bytes) {
+                Some(Word::Keep(number)) => {
+                    drop(kept.lock().unwrap().insert(number, fds.into_iter().next().unwrap()))
+                }
+                Some(Word::Drop(number)) => drop(kept.lock().unwrap().remove(&number)),
+                _ => {}
+            }
+        }
+    });
+    theirs
+}
+
+fn copy(kept: &Kept) -> HashMap<u64, OwnedFd> {
+    kept.lock().unwrap().iter().map(|(number, fd)| (*number, fd.try_clone().unwrap())).collect()
+}
+
+/// The entry with other numbers where `pick` gives some.
+fn distort(value: &serde_json::Value, pick: &mut impl FnMut(u64) -> Option<u64>) -> serde_json::Value {
+    use serde_json::Value;
+    match value {
+        Value::Number(number) => {
+            number.as_u64().and_then(&mut *pick).map_or_else(|| value.clone(), Value::from)
+        }
+        Value::Array(values) => values.iter().map(|value| distort(value, pick)).collect(),
+        Value::Object(map) => {
+            Value::Object(map.iter().map(|(key, value)| (key.clone(), distort(value, pick))).collect())
+        }
+        other => other.clone(),
+    }
+}
+
+#[test]
+fn whatever_a_book_says_it_is_taken_over_or_refused() {
+    use crate::engine::set::EngineSettings;
+    use crate::keep::book::Book;
+    use crate::keep::exact::Outlet;
+    use dmbridge_proto::control::{Segment, Segments};
+    use dmbridge_proto::rendezvous::Rendezvous;
+    let folder = tempfile::tempdir().unwrap();
+    let start = |hub: &str, kept: &Kept| {
+        let settings = Settings {
+            pool: PoolSettings { max_bytes: 256 << 20, ..PoolSettings::default() },
+            hub: Some(HubSettings::new(folder.path().join(hub))),
+            engines: EngineSettings { workers: Some(0), ..EngineSettings::default() },
+            ..Settings::default()
+        };
+        Daemon::start_kept(settings, keeper(kept))
+    };
+    let kept = Kept::default();
+    let daemon = start("hub", &kept).unwrap();
+    let connect = || Client::new(UnixStream::connect(folder.path().join("hub")).unwrap(), true);
+    let (mut owner, mut peer) = (connect(), connect());
+    // Something of everything: DMBs of both kinds, one attached, an event that waits, a key, a command that waits.
+    let dmb = owner.register_and_map(&mut peer, 8192);
+    peer.attach(dmb.token).unwrap();
+    let segments = [Segment { addr: owner.scratch + 65536, len: 4096 }.to_bytes()];
+    let home = Home::Ram { line_addr: owner.scratch + 131072, segments: Segments::from_wire(&segments) };
+    owner.command(&Request::Register(Register { rgid: peer.gid(), size: 4096, home })).unwrap();
+    owner.command(&Request::Lifeline(owner.scratch)).unwrap();
+    owner.command(&Request::SignalEvent(SignalEvent { rgid: peer.gid(), code: 1, info: 2 })).unwrap();
+    owner.command(&Request::Rendezvous(Rendezvous { key: [3; 32], tag: 1, payload: [4; 32] })).unwrap();
+    peer.begin_register(owner.gid(), 8192);
+    peer.asked();
+    assert_eq!(daemon.handle().report().unwrap().devices.len(), 2);
+    let heritage = Arc::new(Mutex::new(copy(&kept)));
+    let open =
+        |kept: &Kept| Book::open(kept.lock().unwrap()[&crate::keep::BOOK].try_clone().unwrap()).unwrap();
+    let entries: Vec<(String, Vec<u8>)> =
+        open(&heritage).values().map(|(name, value)| (name.into(), value.into())).collect();
+    for kind in ["session", "command", "channel", "device", "slot", "extent", "dmb", "event", "key"] {
+        assert!(entries.iter().any(|(name, _)| name.starts_with(kind)), "{kind} is in no entry");
+    }
+    drop(daemon);
+
+    let mut state = 1u64;
+    let mut random = move || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        state >> 33
+    };
+    let (mut taken, mut refused) = (0, 0);
+    for round in 0..200 {
+        let mut book = Book::new().unwrap();
+        let wrong = random() as usize % entries.len();
+        for (number, (name, value)) in entries.iter().enumerate() {
+            // The first one is as it was.
+            if number != wrong || round == 0 {
+                book.put(name, value);
+            } else if round % 4 != 1 {
+                let whole: serde_json::Value = serde_json::from_slice(value).unwrap();
+                let mut pick = |is: u64| match random() % 12 {
+                    0 => Some(0),
+                    1 => Some(is.wrapping_add(1)),
+                    2 => Some(1 << (random() % 64)),
+                    3 => Some(u64::MAX - random() % 2),
+                    _ => None,
+                };
+                let other = serde_json::to_vec(&distort(&whole, &mut pick)).unwrap();
+                book.put(name, &other);
+            }
+        }
+        book.commit();
+        let outlet = Outlet::new().unwrap();
+        let mut heritage = copy(&heritage);
+        heritage.insert(crate::keep::BOOK, book.as_fd().try_clone_to_owned().unwrap());
+        heritage.insert(crate::keep::OUTLET_READ, outlet.pipe().0.try_clone_to_owned().unwrap());
+        heritage.insert(crate::keep::OUTLET_WRITE, outlet.pipe().1.try_clone_to_owned().unwrap());
+        let started = start(&format!("hub{round}"), &Arc::new(Mutex::new(heritage)));
+        let result = started.and_then(|daemon| {
+            let report = daemon.handle().report();
+            if round == 0 {
+                assert!(report.unwrap().devices.iter().all(|device| device.started));
+            }
+            daemon.handle().stop();
+            daemon.join()
+        });
+        match result {
+            Ok(()) => taken += 1,
+            Err(Error::Keep(_)) => refused += 1,
+            Err(error) => panic!("{}: {error}", entries[wrong].0),
+        }
+    }
+    assert!(taken > 10 && refused > 10, "{taken} taken over, {refused} refused");
 }

@@ -7,6 +7,7 @@ use crate::pool::ranges::Ranges;
 use crate::port::Port;
 use crate::settings::Limits;
 use crate::topology::Topology;
+use crate::tracked::Tracked;
 use dmbridge_proto::ids::{ExtentId, Gid, Token};
 use dmbridge_proto::line::LineStats;
 use std::cmp::Reverse;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 
 /// A device from start to reset. Never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DeviceId(pub(super) u64);
+pub struct DeviceId(pub u64);
 
 #[cfg(test)]
 impl DeviceId {
@@ -147,6 +148,12 @@ pub(super) struct Indices {
 }
 
 impl Indices {
+    /// All but these are free.
+    pub fn without(taken: &HashSet<u32>) -> Indices {
+        let next = taken.iter().max().map_or(0, |last| last + 1);
+        Indices { free: (0..next).filter(|index| !taken.contains(index)).map(Reverse).collect(), next }
+    }
+
     pub fn take(&mut self) -> u32 {
         match self.free.pop() {
             Some(Reverse(index)) => index,
@@ -175,7 +182,7 @@ pub(super) struct State {
     /// in use there.
     pub refused: VecDeque<(u64, u64)>,
     /// Extents in the window.
-    pub slots: HashMap<ExtentId, Slot>,
+    pub slots: Tracked<ExtentId, Slot>,
     /// Bytes and number of those of which it is the peer only: others chose them, so they get no more than half.
     pub foreign_bytes: u64,
     pub foreign_count: u32,
@@ -212,7 +219,7 @@ impl State {
             device,
             window: Ranges::new(0, window),
             refused: VecDeque::new(),
-            slots: HashMap::new(),
+            slots: Tracked::default(),
             foreign_bytes: 0,
             foreign_count: 0,
             pairs: HashMap::new(),

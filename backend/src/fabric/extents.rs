@@ -67,7 +67,7 @@ impl Fabric {
         self.effects.push(Effect::Ask(MapRequest {
             device: owner,
             extent: id,
-            file: Some((file, Borrower::Owner)),
+            file: Some((Some(file), Borrower::Owner)),
             offset: slot.offset,
             len: slot.size,
         }));
@@ -121,7 +121,7 @@ impl Fabric {
         self.effects.push(Effect::Ask(MapRequest {
             device: extent.peer,
             extent: id,
-            file: Some((extent.memory.file().clone(), Borrower::Peer)),
+            file: Some((Some(extent.memory.file().clone()), Borrower::Peer)),
             offset: slot.offset,
             len: slot.size,
         }));

@@ -7,6 +7,7 @@
 mod commands;
 mod device;
 mod extents;
+pub mod keeping;
 mod pause;
 mod rendezvous;
 #[cfg(test)]
@@ -22,6 +23,7 @@ use crate::pool::{ExtentMemory, Place, Pool};
 use crate::port::Target;
 use crate::settings::PoolSettings;
 use crate::topology::Topology;
+use crate::tracked::Tracked;
 use device::State;
 use dmbridge_proto::event::{Event, GoneReason};
 use dmbridge_proto::ids::{ExtentId, Gid, Token};
@@ -85,14 +87,16 @@ pub struct ExtentView<'a> {
 pub struct Fabric {
     topology: Topology,
     pool: Pool,
-    devices: HashMap<DeviceId, State>,
+    devices: Tracked<DeviceId, State>,
     by_gid: HashMap<Gid, DeviceId>,
-    extents: HashMap<ExtentId, Extent>,
-    dmbs: HashMap<Token, Dmb>,
+    extents: Tracked<ExtentId, Extent>,
+    dmbs: Tracked<Token, Dmb>,
     keys: rendezvous::Keys,
     next_device: u64,
     next_ram_token: u64,
     effects: Vec<Effect>,
+    /// What was in the windows of devices that left, of which the book does not know it yet.
+    emptied: Option<Vec<(DeviceId, ExtentId)>>,
 }
 
 impl Fabric {
@@ -101,14 +105,15 @@ impl Fabric {
         Fabric {
             topology,
             pool: Pool::new(pool),
-            devices: HashMap::new(),
+            devices: Tracked::default(),
             by_gid: HashMap::new(),
-            extents: HashMap::new(),
-            dmbs: HashMap::new(),
+            extents: Tracked::default(),
+            dmbs: Tracked::default(),
             keys: rendezvous::Keys::default(),
             next_device: 0,
             next_ram_token: 0,
             effects: Vec::new(),
+            emptied: None,
         }
     }
 
@@ -154,7 +159,11 @@ impl Fabric {
         let unit = self.pool.unit();
         let mut device = Device::new(id, joining);
         device.locate(&self.topology);
-        self.devices.insert(id, State::new(device, unit));
+        let mut state = State::new(device, unit);
+        if self.emptied.is_some() {
+            state.slots.track();
+        }
+        self.devices.insert(id, state);
         id
     }
 
@@ -171,6 +180,10 @@ impl Fabric {
             self.by_gid.remove(&gid);
         }
         self.forget_keys(id, state.keys);
+        if let Some(emptied) = &mut self.emptied {
+            emptied.extend(state.slots.take_changed().into_iter().map(|extent| (id, extent)));
+            emptied.extend(state.slots.keys().map(|extent| (id, *extent)));
+        }
         let mut told: HashSet<DeviceId> = HashSet::new();
         for token in std::mem::take(&mut state.dmbs) {
             if let Some(dmb) = self.dmbs.get(&token) {

@@ -1,21 +1,21 @@
 //! Keys that wait for a second device (`docs/device.md`, 6.7). Bounded: each device has its quota, and its keys go with it.
 
 use super::{DeviceId, Fabric};
+use crate::tracked::Tracked;
 use dmbridge_proto::event::Event;
 use dmbridge_proto::rendezvous::{Cancel, Key, MAX_RENDEZVOUS, Met, Payload, Rendezvous};
 use dmbridge_proto::status::Status;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The keys that wait.
 #[derive(Debug, Default)]
-pub(super) struct Keys(HashMap<(Arc<str>, Key), Waiting>);
+pub(super) struct Keys(pub(super) Tracked<(Arc<str>, Key), Waiting>);
 
 #[derive(Debug)]
-struct Waiting {
-    device: DeviceId,
-    tag: u32,
-    payload: Payload,
+pub(super) struct Waiting {
+    pub device: DeviceId,
+    pub tag: u32,
+    pub payload: Payload,
 }
 
 impl Fabric {

@@ -5,6 +5,7 @@
 
 pub mod sigbus;
 
+use crate::keep;
 use sigbus::Guard;
 use std::fs::File;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -90,10 +91,11 @@ struct Region {
     guard: Guard,
     mapping: Arc<GuestRegionMmap>,
     info: RegionInfo,
+    number: u64,
 }
 
 impl Region {
-    fn map(info: RegionInfo, file: File) -> Result<Region, MemoryError> {
+    fn map(info: RegionInfo, file: File, number: u64) -> Result<Region, MemoryError> {
         let RegionInfo { guest_addr: addr, size, file_offset, .. } = info;
         let end = file_offset.checked_add(size);
         let (Some(end), Some(_)) = (end, addr.checked_add(size)) else {
@@ -124,7 +126,7 @@ impl Region {
             .map_err(|error| MemoryError::Io { addr, error })?;
         let mapping =
             GuestRegionMmap::new(mapping, GuestAddress(addr)).ok_or(MemoryError::Size { addr, size })?;
-        Ok(Region { guard, mapping: Arc::new(mapping), info })
+        Ok(Region { guard, mapping: Arc::new(mapping), info, number })
     }
 }
 
@@ -152,12 +154,25 @@ impl DeviceMemory {
     pub fn from_regions(
         regions: impl ExactSizeIterator<Item = (RegionInfo, File)>,
     ) -> Result<DeviceMemory, MemoryError> {
+        DeviceMemory::from_numbered(regions.map(|(info, file)| (info, file, keep::number())))
+    }
+
+    /// The table of these regions, whose files a keeper has under these numbers.
+    pub fn from_numbered(
+        regions: impl ExactSizeIterator<Item = (RegionInfo, File, u64)>,
+    ) -> Result<DeviceMemory, MemoryError> {
         if regions.len() > MAX_REGIONS {
             return Err(MemoryError::TooMany);
         }
-        let regions =
-            regions.map(|(info, file)| Region::map(info, file).map(Arc::new)).collect::<Result<_, _>>()?;
-        DeviceMemory::assemble(regions)
+        let map = |(info, file, number)| Region::map(info, file, number).map(Arc::new);
+        DeviceMemory::assemble(regions.map(map).collect::<Result<_, _>>()?)
+    }
+
+    /// Its regions, with their files and the numbers under which a keeper has these.
+    pub fn regions(&self) -> impl Iterator<Item = (RegionInfo, &File, u64)> {
+        self.regions
+            .iter()
+            .filter_map(|region| Some((region.info, region.mapping.file_offset()?.file(), region.number)))
     }
 
     /// This table and one more region.
@@ -166,7 +181,7 @@ impl DeviceMemory {
             return Err(MemoryError::TooMany);
         }
         let mut regions = self.regions.clone();
-        regions.push(Arc::new(Region::map(info, file)?));
+        regions.push(Arc::new(Region::map(info, file, keep::number())?));
         DeviceMemory::assemble(regions)
     }
 

@@ -79,6 +79,8 @@ impl World {
                 max_move_size: 1 << 20,
                 ring: Mutex::new(Some(vring)),
                 stopping: AtomicBool::new(false),
+                progress: None,
+                done: Mutex::default(),
             },
             worker: Worker {
                 shared: Arc::new(shared),

@@ -1,7 +1,7 @@
 //! Allocation of control lines in an extent, and of their generations (`docs/device.md`, 8). Only numbers, no memory.
 
 use dmbridge_proto::extent::LINES_PER_PAGE;
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroU16;
 
 /// The lines of one extent.
@@ -19,6 +19,10 @@ pub struct Lines {
     private: HashSet<u16>,
     /// Generations of the lines that were used.
     generations: Vec<u16>,
+    /// None was ever greater.
+    highest: u16,
+    /// Lines that were never used here had none that was greater.
+    before: u16,
 }
 
 /// Which line is wanted.
@@ -40,7 +44,52 @@ impl Lines {
             free_pages: VecDeque::new(),
             private: HashSet::new(),
             generations: Vec::new(),
+            highest: 0,
+            before: 0,
         }
+    }
+
+    /// `count` lines, of which those are taken, each once: line, generation, whether it is alone in its page. No line
+    /// ever had a generation above `highest`. `None` if that cannot be.
+    pub fn with_taken(
+        count: u64,
+        highest: u16,
+        taken: impl Iterator<Item = (u16, NonZeroU16, bool)>,
+    ) -> Option<Lines> {
+        let mut lines = Lines { highest, before: highest, ..Lines::new(count) };
+        let mut used = HashMap::new();
+        for (line, generation, private) in taken {
+            if u32::from(line) >= lines.count || used.insert(line, generation).is_some() {
+                return None;
+            }
+            if private {
+                lines.private.insert(line);
+            }
+        }
+        // Whole pages: what of them is free is alone in its page, or anybody's.
+        let pages = used.keys().max().map_or(0, |last| u32::from(last / LINES_PER_PAGE) + 1);
+        let end = (pages * u32::from(LINES_PER_PAGE)).min(lines.count);
+        lines.fresh = end;
+        lines.generations = vec![highest; end as usize];
+        for (line, generation) in &used {
+            lines.generations[usize::from(*line)] = generation.get();
+        }
+        for page in (0..end).step_by(LINES_PER_PAGE.into()) {
+            let of_page = page..(page + u32::from(LINES_PER_PAGE)).min(end);
+            let free: Vec<u16> =
+                of_page.map(|line| line as u16).filter(|line| !used.contains_key(line)).collect();
+            if free.len() == usize::from(LINES_PER_PAGE) {
+                lines.free_pages.push_back(page as u16);
+            } else if !lines.private.contains(&(page as u16)) {
+                lines.free.extend(free);
+            }
+        }
+        Some(lines)
+    }
+
+    /// No line ever had a greater generation.
+    pub fn highest(&self) -> u16 {
+        self.highest
     }
 
     /// Whether a line is free.
@@ -65,6 +114,7 @@ impl Lines {
         };
         let generation = &mut self.generations[usize::from(line)];
         *generation = generation.checked_add(1).unwrap_or(1);
+        self.highest = self.highest.max(*generation);
         Some((line, NonZeroU16::new(*generation).unwrap_or(NonZeroU16::MIN)))
     }
 
@@ -98,7 +148,7 @@ impl Lines {
 
     fn use_fresh(&mut self, end: u32) {
         self.fresh = end;
-        self.generations.resize(end as usize, 0);
+        self.generations.resize(end as usize, self.before);
     }
 
     /// Gives a line back.
@@ -123,6 +173,34 @@ mod tests {
         let (again, second) = lines.take(Want::AnyLine).unwrap();
         assert_eq!(again, a);
         assert_ne!(first, second);
+    }
+
+    #[test]
+    fn lines_that_are_taken_over_are_as_they_were() {
+        let mut lines = Lines::new(256);
+        let mut taken: Vec<_> = (0..70).filter_map(|_| lines.take(Want::AnyLine)).collect();
+        let private = lines.take(Want::PrivateLine).unwrap();
+        for (line, _) in taken.drain(10..20) {
+            lines.give(line);
+        }
+        let all = || {
+            let any = taken.iter().map(|(line, generation)| (*line, *generation, false));
+            any.chain([(private.0, private.1, true)])
+        };
+        let mut again = Lines::with_taken(256, lines.highest(), all()).unwrap();
+        let mut seen: HashSet<u16> = all().map(|(line, ..)| line).collect();
+        let (page, generation) = again.take(Want::PrivateLine).unwrap();
+        assert!(page.is_multiple_of(LINES_PER_PAGE) && generation.get() > 1);
+        seen.extend(page..page + LINES_PER_PAGE);
+        while let Some((line, generation)) = again.take(Want::AnyLine) {
+            assert!(generation.get() > lines.highest(), "an old token would be good again");
+            assert!(seen.insert(line), "{line} is taken twice");
+            assert_ne!(line / LINES_PER_PAGE, private.0 / LINES_PER_PAGE);
+        }
+        assert_eq!(seen.len(), 256 - usize::from(LINES_PER_PAGE) + 1);
+        let twice = || all().chain(all());
+        assert!(Lines::with_taken(256, 1, twice()).is_none());
+        assert!(Lines::with_taken(64, 1, all()).is_none());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Each extent has a file of its own, so that the descriptor that a front-end gets with `SHMEM_MAP` reveals one pair's
 //! memory and no more. The seals make the file's size final: nobody can take memory away under anybody else.
 
+use crate::keep;
 use crate::placement::pages::{self, Policy, Range};
 use crate::topology::NodeId;
 use dmbridge_proto::line::ControlLine;
@@ -49,6 +50,7 @@ pub struct MemFile {
     size: u64,
     huge: bool,
     policy: Policy,
+    number: u64,
 }
 
 // SAFETY: `start` is the address of a mapping that lives as long as the value; every access goes through raw pointers
@@ -72,6 +74,34 @@ impl MemFile {
         file.set_len(size)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        let mut file = MemFile::map(file, size, huge_pages.is_some(), keep::number())?;
+        match pages::set_policy(file.range(), policy) {
+            Ok(()) => file.policy = policy.clone(),
+            Err(error) => tracing::warn!(
+                "an extent cannot be placed ({policy:?}), and lies where it is touched: {error}"
+            ),
+        }
+        if file.huge {
+            // A huge page that is missing later would be a SIGBUS; here it is an error.
+            fallocate(&file.file, FallocateFlags::empty(), 0, size as i64)?;
+        }
+        Ok(file)
+    }
+
+    /// The one that another worker made with this size, and that a keeper has under this number. Where its pages are taken from,
+    /// the kernel remembers.
+    pub fn adopt(file: File, size: u64, huge: bool, policy: Policy, number: u64) -> io::Result<MemFile> {
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        let is_sealed = SealFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GET_SEALS)?).contains(seals);
+        if !is_sealed || file.metadata()?.len() != size {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is no extent of this size"));
+        }
+        let mut file = MemFile::map(file, size, huge, number)?;
+        file.policy = policy;
+        Ok(file)
+    }
+
+    fn map(file: File, size: u64, huge: bool, number: u64) -> io::Result<MemFile> {
         // SAFETY: a new mapping of a file that is `size` bytes long and cannot shrink.
         let start = unsafe {
             libc::mmap(
@@ -88,24 +118,17 @@ impl MemFile {
         }
         // SAFETY: the range is the mapping that was just made; the advice changes no content.
         unsafe { libc::madvise(start, size as usize, libc::MADV_DONTDUMP) };
-        let mut file = MemFile {
-            file,
-            start: start.cast(),
-            size,
-            huge: huge_pages.is_some(),
-            policy: Policy::FirstTouch,
-        };
-        match pages::set_policy(file.range(), policy) {
-            Ok(()) => file.policy = policy.clone(),
-            Err(error) => tracing::warn!(
-                "an extent cannot be placed ({policy:?}), and lies where it is touched: {error}"
-            ),
-        }
-        if file.huge {
-            // A huge page that is missing later would be a SIGBUS; here it is an error.
-            fallocate(&file.file, FallocateFlags::empty(), 0, size as i64)?;
-        }
-        Ok(file)
+        Ok(MemFile { file, start: start.cast(), size, huge, policy: Policy::FirstTouch, number })
+    }
+
+    /// The number under which a keeper has it.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether it is made of huge pages.
+    pub fn is_huge(&self) -> bool {
+        self.huge
     }
 
     /// The file, for front-ends to map.

@@ -89,14 +89,54 @@ impl Pool {
             id,
             geometry,
             file: Arc::new(file),
-            ranges: Ranges::new(
-                geometry.header_size().next_multiple_of(dmbridge_proto::GRANULE),
-                geometry.size(),
-            ),
+            ranges: free_ranges(geometry),
             lines: Lines::new(geometry.lines()),
             touched: 0,
             places: 0,
         })
+    }
+
+    /// The extent that another worker made: its name, its file, and the places that are taken in it. No line of it ever had
+    /// a generation above `highest`. `None` if that cannot be.
+    pub fn adopt(
+        &mut self,
+        id: ExtentId,
+        geometry: Geometry,
+        file: MemFile,
+        highest: u16,
+        places: &[Place],
+    ) -> Option<ExtentMemory> {
+        let mut ranges = free_ranges(geometry);
+        if file.size() != geometry.size()
+            || !places.iter().all(|place| ranges.take_at(place.offset, place.size))
+        {
+            return None;
+        }
+        let taken = places.iter().map(|place| (place.line, place.generation, place.private_line));
+        let lines = Lines::with_taken(geometry.lines(), highest, taken)?;
+        self.used_bytes += geometry.size();
+        self.extents += 1;
+        // Nobody knows any more what of it was never touched.
+        let touched = geometry.size();
+        Some(ExtentMemory {
+            id,
+            geometry,
+            file: Arc::new(file),
+            ranges,
+            lines,
+            touched,
+            places: places.len() as u32,
+        })
+    }
+
+    /// The number that was the last extent's.
+    pub fn last_id(&self) -> u32 {
+        self.next_id
+    }
+
+    /// The next extent's number is the one after this.
+    pub fn set_last_id(&mut self, id: u32) {
+        self.next_id = id & i32::MAX as u32;
     }
 
     /// Takes an extent's memory back.
@@ -104,6 +144,11 @@ impl Pool {
         self.used_bytes -= extent.geometry.size();
         self.extents -= 1;
     }
+}
+
+/// What of an extent is for DMBs.
+fn free_ranges(geometry: Geometry) -> Ranges {
+    Ranges::new(geometry.header_size().next_multiple_of(dmbridge_proto::GRANULE), geometry.size())
 }
 
 /// Where a DMB lies in an extent.
@@ -155,6 +200,11 @@ impl ExtentMemory {
     /// Its file.
     pub fn file(&self) -> &Arc<MemFile> {
         &self.file
+    }
+
+    /// No control line of it ever had a greater generation.
+    pub fn highest_generation(&self) -> u16 {
+        self.lines.highest()
     }
 
     /// Whether there is room for a DMB.

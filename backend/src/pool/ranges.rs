@@ -48,6 +48,20 @@ impl Ranges {
         Some(start)
     }
 
+    /// Takes `len`, more than 0, from `start` on. False if not all of it is free.
+    pub fn take_at(&mut self, start: u64, len: u64) -> bool {
+        let Some((&free, &free_len)) = self.by_start.range(..=start).next_back() else { return false };
+        let Some(end) = start.checked_add(len).filter(|end| *end <= free + free_len) else { return false };
+        self.remove(free, free_len);
+        if free < start {
+            self.insert(free, start - free);
+        }
+        if end < free + free_len {
+            self.insert(end, free + free_len - end);
+        }
+        true
+    }
+
     /// Gives back what [`take`](Self::take) gave.
     pub fn give(&mut self, mut start: u64, mut len: u64) {
         debug_assert!(start + len <= self.size);

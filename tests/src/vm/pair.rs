@@ -23,10 +23,10 @@ group = "default"
 
 /// A daemon with a device for each of these names, in that group, and a hub.
 pub fn daemon(devices: &[(&str, &str)]) -> TestDaemon {
-    daemon_with(LIMITS, devices)
+    daemon_with(&[], LIMITS, devices)
 }
 
-fn daemon_with(limits: &str, devices: &[(&str, &str)]) -> TestDaemon {
+fn daemon_with(flags: &[&str], limits: &str, devices: &[(&str, &str)]) -> TestDaemon {
     let mut configuration = limits.to_string();
     for (name, group) in devices {
         write!(
@@ -35,7 +35,7 @@ fn daemon_with(limits: &str, devices: &[(&str, &str)]) -> TestDaemon {
         )
         .expect("memory");
     }
-    TestDaemon::start_with(&[], &(configuration + HUB))
+    TestDaemon::start_with(flags, &(configuration + HUB))
 }
 
 /// A booted virtual machine for each of these devices. They boot at the same time.
@@ -63,9 +63,24 @@ impl VmPair {
         VmPair { daemon, a, b }
     }
 
+    /// Boots them, and a daemon with a keeper.
+    pub fn boot_kept() -> VmPair {
+        let daemon = daemon_with(&["--keep"], LIMITS, &[("a", "default"), ("b", "default")]);
+        let [a, b] = boot(&daemon, ["a", "b"]);
+        VmPair { daemon, a, b }
+    }
+
     /// Boots them with these options, by number and name, and a daemon whose limits are the usual ones.
     pub fn boot_with(options: impl Fn(&TestDaemon, usize, &str) -> VmOptions) -> VmPair {
-        let daemon = daemon_with("", &[("a", "default"), ("b", "default")]);
+        VmPair::boot_with_daemon(&[], options)
+    }
+
+    /// As [`boot_with`](Self::boot_with), and a daemon with these flags.
+    pub fn boot_with_daemon(
+        flags: &[&str],
+        options: impl Fn(&TestDaemon, usize, &str) -> VmOptions,
+    ) -> VmPair {
+        let daemon = daemon_with(flags, "", &[("a", "default"), ("b", "default")]);
         let start = |number, name| {
             let socket = daemon.path(&format!("{name}.sock"));
             options(&daemon, number, name).device(&socket).start()
