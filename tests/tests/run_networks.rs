@@ -9,12 +9,15 @@ use sha2::{Digest, Sha256};
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+#[path = "../../guest-driver/preload/src/version.rs"]
+mod version;
+
+use version::VERSION;
+
 const SERVER: &str = "10.99.0.1";
 const CLIENT: &str = "10.99.0.2";
 /// Of the server; the next one is the client's.
 const PORT: u16 = 5300;
-/// Of what the two ends say to each other: that of `guest-driver/preload/src/meeting.rs`.
-const VERSION: u8 = 3;
 const UNTIL_MOVED: &str = "ask-until-moved";
 
 /// A server that answers requests of all sizes with what it was asked and who it is, and a client that checks that: some

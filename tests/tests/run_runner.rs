@@ -1,10 +1,11 @@
 //! `dmbridge-run --stats` stays to count, and is otherwise as if the program ran in its place.
 
 use dmbridge_tests::deadline::until;
-use dmbridge_tests::preload::{Way, daemon};
+use dmbridge_tests::preload::{Way, daemon, find};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 
@@ -84,4 +85,28 @@ fn a_runner_that_is_killed_leaves_nothing_behind() {
     runner.kill().expect("it is there");
     runner.wait().expect("it ends");
     until("the program ends", || matches!(state(program), None | Some('Z')).then_some(()));
+}
+
+#[test]
+fn a_program_whose_loader_is_another_one_is_not_preloaded() {
+    let daemon = daemon();
+    let folder = tempfile::tempdir().expect("a folder");
+    // `env`, with a loader of another name, which has to be as short as the old one.
+    let loader = format!("/tmp/dmb-ld-{}", std::process::id());
+    let name: &[u8] = b"/lib64/ld-linux-x86-64.so.2";
+    std::os::unix::fs::symlink(String::from_utf8_lossy(name).as_ref(), &loader).expect("a link");
+    let mut bytes = std::fs::read(find("env")).expect("a program");
+    let at = bytes.windows(name.len()).position(|at| at == name).expect("its loader");
+    bytes[at..at + name.len()].fill(0);
+    bytes[at..at + loader.len()].copy_from_slice(loader.as_bytes());
+    let program = folder.path().join("program");
+    std::fs::write(&program, bytes).expect("a program");
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).expect("permissions");
+    let program = program.to_str().expect("a plain name");
+    let way = Way::Dmbridge(&daemon);
+    let preloads = |ran: dmbridge_tests::preload::Ran| ran.out.contains("LD_PRELOAD");
+    assert!(preloads(way.run("env", &[])));
+    assert!(!preloads(way.run(program, &[])));
+    assert!(!preloads(way.run("sh", &["-c", program])));
+    std::fs::remove_file(loader).expect("the link");
 }

@@ -42,6 +42,8 @@ fn calls_that_few_programs_make_are_as_with_tcp() {
     let plain = Way::Plain.run(corners, &[]);
     let moved = Way::Dmbridge(&daemon).run(corners, &[]);
     assert!(moved.counter("directions of connections that moved to DMBs") > 30, "{}", moved.err);
+    let stalled = "went back to TCP: the other end did not read, and TCP holds more";
+    assert!(moved.counter(stalled) > 0, "{}", moved.err);
     for (want, is) in plain.out.lines().zip(moved.out.lines()) {
         assert_eq!(is, want);
     }

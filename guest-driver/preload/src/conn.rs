@@ -45,6 +45,9 @@ const MOST_PATIENCE: Duration = Duration::from_millis(20);
 /// An empty ring says nothing of a peer that has died; the kernel is asked again after so long.
 const LOOK: Duration = Duration::from_millis(1);
 
+/// See [`Conn::wanted`].
+pub const STALLED: u32 = 2;
+
 /// Where a connection stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
@@ -100,7 +103,7 @@ pub struct Conn {
     pub strangers: AtomicU32,
     /// The device at the other end, as the halves of its GID, and the token of its DMB.
     pub peer: [AtomicU64; 3],
-    /// Somebody waits for the connection to come back; see `back.rs`.
+    /// 1: somebody waits for the connection to come back; see `back.rs`. [`STALLED`]: it would be better there.
     pub wanted: AtomicU32,
     /// What our ring's header says as long as it is ours: see [`is_gone`](Self::is_gone).
     alive: AtomicU64,
@@ -318,17 +321,18 @@ impl Conn {
         // A wake-up must not wait for an acknowledgement, nor for more to come.
         self.nodelay.store(tcp::option(fd, libc::TCP_NODELAY).unwrap_or(0), Ordering::Relaxed);
         self.cork.store(tcp::option(fd, libc::TCP_CORK).unwrap_or(0), Ordering::Relaxed);
-        tcp::set_option(fd, libc::TCP_CORK, 0);
-        tcp::set_option(fd, libc::TCP_NODELAY, 1);
-        tcp::set_plain_congestion_control(fd);
         self.set_nonblocking(tcp::is_nonblocking(fd));
         for (to, number) in self.peer.iter().zip(rings.peer) {
             to.store(number, Ordering::Relaxed);
         }
         self.home.store(std::process::id(), Ordering::Release);
-        if self.change(State::Asking, State::Linked) {
-            self.close_rx_gate();
+        if !self.change(State::Asking, State::Linked) {
+            return self.decline();
         }
+        tcp::set_option(fd, libc::TCP_CORK, 0);
+        tcp::set_option(fd, libc::TCP_NODELAY, 1);
+        tcp::set_plain_congestion_control(fd);
+        self.close_rx_gate();
     }
 
     fn local(&self) -> &Header {

@@ -10,15 +10,13 @@
 //! does not load this library is called back before.
 
 use crate::conn::{Conn, State};
+use crate::elf::Loaded;
 use crate::table::{self, Entry, Kind};
-use crate::{arena, errno, lock, real, service, stats, tcp};
+use crate::{arena, elf, errno, lock, real, service, stats, tcp};
 use libc::{c_char, c_int, c_void, msghdr};
 use std::ffi::{CStr, CString, OsStr};
-use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -248,11 +246,10 @@ impl Inheritance {
     /// Before a program is executed. `own`: in this process, not in a child of it that is about to be made.
     fn new(program: Option<PathBuf>, environment: List, own: bool) -> Inheritance {
         let borrowed = service::is_borrowed();
+        let loaded = program.map_or(Loaded::Without, |path| elf::loaded(&path));
         let found = inherited();
-        let adopts = !found.is_empty()
-            && arena::files()[0] >= 0
-            && loads_us(environment)
-            && program.is_some_and(|path| is_loaded(&path, 4));
+        let adopts =
+            !found.is_empty() && arena::files()[0] >= 0 && loads_us(environment) && loaded == Loaded::With;
         let mut all: Vec<(u32, &'static Conn)> = Vec::new();
         for (fd, index, conn) in found {
             // With this process's end there would be nobody left who uses it, or who calls it back.
@@ -281,7 +278,11 @@ impl Inheritance {
         for conn in &gone {
             conn.remove_ref();
         }
-        let made = (!all.is_empty()).then(|| {
+        let made = if loaded == Loaded::Foreign && loads_us(environment) {
+            Some(without_us(environment))
+        } else if all.is_empty() {
+            None
+        } else {
             let [memory, bell] = arena::files();
             let lives = all.iter().map(|(i, conn)| format!(" {i} {}", conn.life.load(Ordering::Relaxed)));
             let text = format!("{ENVIRONMENT}={memory} {bell}{}", lives.collect::<String>());
@@ -289,8 +290,8 @@ impl Inheritance {
             let mut list = strings(environment);
             list.extend([text.as_ptr(), std::ptr::null()]);
             set_inheritable(true);
-            (list, text)
-        });
+            Some((list, text))
+        };
         let environment = made.as_ref().map_or(environment, |(list, _)| list.as_ptr());
         Inheritance { environment, _made: made, counted, gone }
     }
@@ -328,44 +329,43 @@ fn strings(list: List) -> Vec<*const c_char> {
     all
 }
 
+/// What the loader reads in the environment.
+const PRELOAD: &[u8] = b"LD_PRELOAD=";
+
+fn is_us(name: &[u8]) -> bool {
+    name.windows(19).any(|at| at == b"libdmbridge_preload")
+}
+
 /// Whether an environment has this library loaded.
 fn loads_us(environment: List) -> bool {
     strings(environment).iter().any(|text| {
         // SAFETY: the program's string.
         let text = unsafe { CStr::from_ptr(*text) }.to_bytes();
-        text.starts_with(b"LD_PRELOAD=") && text.windows(19).any(|at| at == b"libdmbridge_preload")
+        text.starts_with(PRELOAD) && is_us(text)
     })
 }
 
-/// Whether a program's file is one that preloaded libraries are loaded into, if it is there: linked dynamically, or a script
-/// for such a one, and not one that gives rights.
-fn is_loaded(path: &Path, depth: u32) -> bool {
-    let mut file = match std::fs::File::open(path) {
-        Ok(file) => file,
-        // It is looked for in another folder next.
-        Err(error) => return error.kind() != std::io::ErrorKind::PermissionDenied,
-    };
-    let Ok(status) = file.metadata() else { return false };
-    let mut head = [0u8; 4096];
-    let Ok(len) = file.read(&mut head) else { return false };
-    if let Some(line) = head[..len].strip_prefix(b"#!") {
-        let line = line.split(|byte| *byte == b'\n').next().unwrap_or(line);
-        let mut words = line.split(|byte| byte.is_ascii_whitespace()).filter(|word| !word.is_empty());
-        return depth > 0
-            && words.next().is_some_and(|word| is_loaded(Path::new(OsStr::from_bytes(word)), depth - 1));
+/// An environment in which this library is not preloaded.
+fn without_us(environment: List) -> (Vec<*const c_char>, CString) {
+    let mut list = strings(environment);
+    let mut text = CString::default();
+    list.retain(|at| {
+        // SAFETY: the program's string.
+        let all = unsafe { CStr::from_ptr(*at) }.to_bytes();
+        let Some(names) = all.strip_prefix(PRELOAD) else { return true };
+        let is_separator = |byte: &u8| matches!(*byte, b':' | b' ');
+        let others = names.split(is_separator).filter(|name| !name.is_empty() && !is_us(name));
+        let others = others.collect::<Vec<_>>().join(&b':');
+        if !others.is_empty() {
+            text = CString::new([PRELOAD, &others].concat()).unwrap_or_default();
+        }
+        false
+    });
+    if !text.is_empty() {
+        list.push(text.as_ptr());
     }
-    // SAFETY: a name, and no room for its value.
-    let rights = unsafe {
-        libc::fgetxattr(file.as_raw_fd(), c"security.capability".as_ptr(), std::ptr::null_mut(), 0)
-    };
-    const INTERPRETER: u32 = 3;
-    let number = |at: usize, len: usize| {
-        head.get(at..at + len)
-            .map_or(0, |bytes| bytes.iter().rev().fold(0usize, |n, b| n << 8 | usize::from(*b)))
-    };
-    let (start, size, count) = (number(32, 8), number(54, 2), number(56, 2));
-    let interpreted = (0..count).any(|i| number(start.saturating_add(i * size), 4) == INTERPRETER as usize);
-    status.mode() & 0o6000 == 0 && rights <= 0 && head.starts_with(b"\x7fELF\x02") && interpreted
+    list.push(std::ptr::null());
+    (list, text)
 }
 
 /// Where a program is, as `execvp` finds it.
@@ -375,11 +375,7 @@ fn find(name: *const c_char, search: bool) -> Option<PathBuf> {
     }
     // SAFETY: the program's string.
     let name = OsStr::from_bytes(unsafe { CStr::from_ptr(name) }.to_bytes());
-    if !search || name.as_bytes().contains(&b'/') {
-        return Some(name.into());
-    }
-    let path = std::env::var_os("PATH").unwrap_or_else(|| "/bin:/usr/bin".into());
-    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|at| at.is_file())
+    if search { elf::find(name) } else { Some(name.into()) }
 }
 
 /// Executes a program by `call`, which is told the environment.

@@ -8,7 +8,7 @@
 //! | 72 | 4 | `ready` | 1: the peer's readers know of the ring that this side writes |
 //! | 76 | 4 | `recall` | what the peer wants of a connection that goes back to TCP; see `conn/back.rs` |
 //! | 80 | 8 | `back` | 1 + the position in the peer's TCP stream from which on its bytes are there again; 0: not yet |
-//! | 88 | 4 | `took` | 1: the peer has taken back what this side has not read of its ring |
+//! | 88 | 4 | `took` | 1: the peer has taken back what this side has not read of its ring; 2: it is there to do so |
 //! | 128 | 4 | `armed` | what the owner wants to be woken for; the owner sets, the peer takes |
 //! | 136 | 8 | `sleep` | the owner's: names the sleep for which it armed; many connections may have one. 0: none |
 //! | 192 | 8 | `wakes` | bytes that the peer has sent over TCP after `switch`, to wake |

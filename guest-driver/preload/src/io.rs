@@ -5,7 +5,7 @@ use crate::epoll::Until;
 use crate::errno::{Outcome, give, outcome};
 use crate::iov;
 use crate::table::{self, Entry, Kind};
-use crate::{errno, handover, real, service};
+use crate::{errno, handover, real, service, tcp};
 use libc::{
     EINVAL, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_OOB, c_int, c_void, iovec, loff_t, mmsghdr, msghdr, off_t,
     size_t, sockaddr, socklen_t, ssize_t, timespec,
@@ -447,6 +447,11 @@ unsafe extern "C-unwind" fn sendmmsg(fd: c_int, messages: *mut mmsghdr, count: u
 /// A file into a connection: read straight into the ring.
 unsafe fn send_file(to: c_int, from: c_int, offset: *mut off_t, count: size_t) -> Option<Outcome> {
     let conn = table::conn(to).filter(|conn| conn.is_moved())?;
+    // What the kernel does not take: a read might wait, and nothing waits with the direction's lock.
+    // SAFETY: it tells a position.
+    if errno::keep(|| unsafe { libc::lseek(from, 0, libc::SEEK_CUR) }) < 0 {
+        return Some(Err(EINVAL));
+    }
     // SAFETY: the program's pointer.
     let mut at = if offset.is_null() { None } else { Some(unsafe { *offset }) };
     let result = conn.send_from(to, count, &mut |to, len| {
@@ -506,6 +511,39 @@ unsafe extern "C-unwind" fn sendfile64(to: c_int, from: c_int, offset: *mut off_
     unsafe { sendfile(to, from, offset, count) }
 }
 
+fn is_pipe(fd: c_int) -> bool {
+    // SAFETY: all-zero bytes are a stat, which is filled in.
+    errno::keep(|| unsafe {
+        let mut status: libc::stat = std::mem::zeroed();
+        libc::fstat(fd, &mut status) == 0 && status.st_mode & libc::S_IFMT == libc::S_IFIFO
+    })
+}
+
+/// Waits until a pipe is ready, if it may be waited for. Says what it is ready for.
+fn pipe_ready(pipe: c_int, events: i16, nonblocking: bool) -> Result<i16, c_int> {
+    let mut wait = libc::pollfd { fd: pipe, events, revents: 0 };
+    // SAFETY: one pollfd.
+    let ready = outcome(unsafe { real::poll(&mut wait, 1, if nonblocking { 0 } else { -1 }) } as ssize_t)?;
+    if ready == 0 { Err(libc::EAGAIN) } else { Ok(wait.revents) }
+}
+
+/// Bytes that can be read from a pipe without waiting. 0: it has ended.
+fn pipe_data(pipe: c_int, nonblocking: bool) -> Outcome {
+    pipe_ready(pipe, libc::POLLIN, nonblocking)?;
+    Ok(tcp::queued_in(pipe).unwrap_or(0) as usize)
+}
+
+/// Bytes that can be written to a pipe without waiting.
+fn pipe_room(pipe: c_int, nonblocking: bool) -> Outcome {
+    // SAFETY: F_GETFL takes no argument.
+    let nonblocking = nonblocking || unsafe { real::fcntl(pipe, libc::F_GETFL, 0) } & libc::O_NONBLOCK != 0;
+    pipe_ready(pipe, libc::POLLOUT, nonblocking)?;
+    // SAFETY: nor does this.
+    let size = || unsafe { real::fcntl(pipe, libc::F_GETPIPE_SZ, 0) } as usize;
+    // As pages of it may be partly filled, one that has something has only room for what poll(2) promises.
+    Ok(if tcp::queued_in(pipe) == Some(0) { size() } else { libc::PIPE_BUF })
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn splice(
     from: c_int,
@@ -521,7 +559,18 @@ pub unsafe extern "C-unwind" fn splice(
         return give(call());
     }
     let moved = |fd: c_int| table::conn(fd).filter(|conn| conn.is_moved());
+    if moved(to).or_else(|| moved(from)).is_some()
+        && (!from_offset.is_null() || !to_offset.is_null() || !(is_pipe(from) || is_pipe(to)))
+    {
+        // The kernel says what is wrong.
+        return give(call());
+    }
+    let nonblocking = flags & libc::SPLICE_F_NONBLOCK != 0;
     if let Some(conn) = moved(to) {
+        let len = match pipe_data(from, nonblocking) {
+            Ok(there) => len.min(there),
+            Err(errno) => return give(Err(errno)),
+        };
         // SAFETY: `len` bytes of the ring are writable.
         let mut fill = |to: *mut u8, len: usize| outcome(unsafe { real::read(from, to.cast(), len) });
         if let Some(result) = conn.send_from(to, len, &mut fill) {
@@ -529,6 +578,10 @@ pub unsafe extern "C-unwind" fn splice(
         }
     }
     if let Some(conn) = moved(from) {
+        let len = match pipe_room(to, nonblocking) {
+            Ok(room) => len.min(room),
+            Err(errno) => return give(Err(errno)),
+        };
         // SAFETY: `len` bytes of the ring are readable.
         let mut take = |at: *const u8, len: usize| outcome(unsafe { real::write(to, at.cast(), len) });
         match conn.recv_into(from, len, &mut take) {

@@ -7,6 +7,7 @@
 mod arena;
 mod conn;
 mod crowd;
+mod elf;
 mod epoll;
 mod errno;
 mod handover;
@@ -26,6 +27,7 @@ mod stats;
 mod table;
 mod tcp;
 mod unseen;
+mod version;
 
 /// Says something to who asked for it (`dmbridge-run --verbose`).
 macro_rules! verbose {

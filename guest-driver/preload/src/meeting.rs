@@ -16,11 +16,9 @@
 
 use crate::identity::{Key, Name};
 use crate::tcp::Counts;
+use crate::version::VERSION;
 use dmbridge::Token;
 use sha2::{Digest, Sha256};
-
-/// What both ends have to speak. A test says it too (`tests/tests/run_networks.rs`).
-const VERSION: u8 = 3;
 
 /// What is said in one turn.
 pub type Words = [u8; 32];

@@ -37,6 +37,12 @@ const SMALL: usize = 128 << 10;
 /// Ring of a connection that has brought [`MUCH`].
 const LARGE: usize = 1 << 20;
 const MUCH: u64 = 16 << 10;
+/// How often it is looked who waits for room.
+const TICK: Duration = Duration::from_millis(100);
+/// A ring from which nobody reads for so many ticks is given up for TCP, which has room for more: a program may count on that,
+/// and wait for ever. Fewer if this end has not read what came either.
+const STALL: u32 = 20;
+const STALL_OF_BOTH: u32 = 5;
 /// The event that says: one of my connections goes back to TCP.
 const BACK: u32 = u32::from_be_bytes(*b"back");
 
@@ -50,6 +56,8 @@ enum Task {
     Left { index: u32 },
     /// Some connection of this process is wanted back.
     Listen,
+    /// Somebody waits for room in a ring.
+    Full,
     /// There is nothing more to do.
     End,
 }
@@ -76,6 +84,8 @@ static SERVICE: Service = Service { lock: unsafe { std::mem::zeroed() }, queue: 
 static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
 /// This process's id; a `vfork` child has another one although it has our memory.
 static PID: AtomicU32 = AtomicU32::new(0);
+/// It is looked who waits for room.
+static WATCHES_FULL: AtomicBool = AtomicBool::new(false);
 /// See [`end`].
 static ENDED: AtomicBool = AtomicBool::new(false);
 /// 1: the thread runs.
@@ -290,6 +300,14 @@ pub fn call_back(conn: &Conn, gone: u32) -> bool {
     send(Task::Listen)
 }
 
+/// A ring has no room for what is written.
+#[inline]
+pub fn watch_full() {
+    if !WATCHES_FULL.load(Ordering::Relaxed) && !WATCHES_FULL.swap(true, Ordering::Relaxed) {
+        crate::errno::keep(|| send(Task::Full));
+    }
+}
+
 /// Two ends that are about to meet.
 struct Meeting {
     index: u32,
@@ -344,6 +362,9 @@ struct Held {
     _remote: RemoteDmb,
 }
 
+/// How a connection asks to go back to TCP, and begins to.
+type Begin<T> = (fn(&Conn) -> bool, fn(&'static Conn) -> Option<T>);
+
 /// Connections that go back to TCP, since when, and what is held for it.
 type Returning<T> = HashMap<u32, (Instant, Option<T>)>;
 
@@ -354,6 +375,9 @@ struct Worker {
     held: HashMap<u32, Held>,
     leaving: Returning<Leaving>,
     staying: Returning<Staying>,
+    /// Connections whose rings are full: how far they were read, and for how many ticks it was not farther.
+    full: HashMap<u32, (u64, u32)>,
+    ticked: Instant,
     next: u32,
     /// When it was looked whether the program has an io_uring, and what was seen.
     io_uring: Option<(Instant, bool)>,
@@ -368,6 +392,8 @@ impl Worker {
             held: HashMap::new(),
             leaving: HashMap::new(),
             staying: HashMap::new(),
+            full: HashMap::new(),
+            ticked: Instant::now(),
             next: 0,
             io_uring: None,
         }
@@ -387,6 +413,7 @@ impl Worker {
                         }
                     }
                     Some(Task::Listen) => self.listen(),
+                    Some(Task::Full) => {}
                     Some(Task::End) => return,
                     None => break,
                 }
@@ -394,6 +421,7 @@ impl Worker {
             self.take_events();
             self.give_up();
             self.reap();
+            self.look_who_waits();
             self.bring_back();
         }
     }
@@ -414,6 +442,7 @@ impl Worker {
             _ if self.meetings.values().any(|meeting| meeting.late.is_some()) => 5,
             (false, _) => 200,
             _ if alone => 200,
+            _ if WATCHES_FULL.load(Ordering::Relaxed) => TICK.as_millis() as c_int,
             (true, true) => 1000,
             (true, false) => -1,
         };
@@ -432,6 +461,33 @@ impl Worker {
         }
     }
 
+    /// Who waits for room for too long is helped.
+    fn look_who_waits(&mut self) {
+        if !WATCHES_FULL.load(Ordering::Relaxed) || self.ticked.elapsed() < TICK {
+            return;
+        }
+        self.ticked = Instant::now();
+        WATCHES_FULL.store(false, Ordering::Relaxed);
+        let before = std::mem::take(&mut self.full);
+        for index in self.held.keys() {
+            let Some((conn, (read, unread))) =
+                arena::conn(*index).and_then(|conn| Some((conn, conn.stall()?)))
+            else {
+                continue;
+            };
+            let ticks = before.get(index).filter(|(at, _)| *at == read).map_or(0, |(_, ticks)| ticks + 1);
+            self.full.insert(*index, (read, ticks));
+            if ticks >= if unread { STALL_OF_BOTH } else { STALL }
+                && conn.wanted.compare_exchange(0, conn::STALLED, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+            {
+                self.leaving.entry(*index).or_insert_with(|| (Instant::now(), None));
+            }
+        }
+        if !self.full.is_empty() {
+            WATCHES_FULL.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// A process of the family has called: connections are wanted back.
     fn listen(&mut self) {
         for (index, conn) in arena::all() {
@@ -446,6 +502,9 @@ impl Worker {
     /// The other end of some connection wants to leave.
     fn look_who_leaves(&mut self) {
         for index in self.held.keys() {
+            if let Some(conn) = arena::conn(*index).filter(|conn| conn.state() == State::Linked) {
+                conn.answer();
+            }
             if arena::conn(*index).is_some_and(|conn| conn.state() == State::Linked && conn.is_left()) {
                 self.staying.entry(*index).or_insert_with(|| (Instant::now(), None));
             }
@@ -461,7 +520,8 @@ impl Worker {
         }
         let device = if self.leaving.is_empty() { None } else { self.device().ok() };
         self.leaving.retain(|index, (since, leaving)| {
-            let ended = advance(*index, *since, leaving, Conn::begin_leaving, Conn::go_on_leaving, |conn| {
+            let begin: Begin<_> = (Conn::ask_to_leave, Conn::begin_leaving);
+            let ended = advance(*index, *since, leaving, begin, Conn::go_on_leaving, |conn| {
                 let [low, high, token] = [0, 1, 2].map(|i: usize| conn.peer[i].load(Ordering::Relaxed));
                 let gid = Gid::from_bytes((u128::from(low) | u128::from(high) << 64).to_ne_bytes());
                 if let Some(device) = &device {
@@ -479,7 +539,8 @@ impl Worker {
             !ended
         });
         self.staying.retain(|index, (since, staying)| {
-            let ended = advance(*index, *since, staying, Conn::begin_staying, Conn::go_on_staying, |_| {});
+            let begin: Begin<_> = (|_| false, Conn::begin_staying);
+            let ended = advance(*index, *since, staying, begin, Conn::go_on_staying, |_| {});
             if ended && let Some(conn) = arena::conn(*index) {
                 // Who is about to close it waits for that.
                 lock::wake(&conn.wanted, i32::MAX);
@@ -774,19 +835,22 @@ impl Worker {
     }
 }
 
-/// Takes one connection's next step back to TCP, which is begun by `begin`, and announced by `announce`. True: that was the
-/// last one.
+/// Takes one connection's next step back to TCP, which is asked for and begun by `begin`, and announced by `announce`. True: that
+/// was the last one.
 fn advance<T>(
     index: u32,
     since: Instant,
     state: &mut Option<T>,
-    begin: impl FnOnce(&'static Conn) -> Option<T>,
+    (ask, begin): Begin<T>,
     go_on: impl FnOnce(&Conn, c_int, &mut T) -> Step,
-    announce: impl FnOnce(&Conn),
+    announce: impl Fn(&Conn),
 ) -> bool {
     let Some(conn) = arena::conn(index).filter(|conn| conn.state() == State::Linked) else { return true };
     let Some(fd) = table::descriptor(index) else { return true };
     if state.is_none() {
+        if ask(conn) {
+            announce(conn);
+        }
         *state = begin(conn);
         if state.is_some() {
             announce(conn);
@@ -796,9 +860,13 @@ fn advance<T>(
         Some(state) => go_on(conn, fd, state),
         None => Step::Wait,
     };
+    let stalled = conn.wanted.load(Ordering::SeqCst) == conn::STALLED;
     match step {
-        Step::Wait if since.elapsed() < handover::LIMIT => return false,
+        // Nobody waits for it but who waits for the other end anyway.
+        Step::Wait if since.elapsed() < handover::LIMIT || (stalled && state.is_some()) => return false,
+        Step::Done if stalled => stats::count(&stats::get().stalled),
         Step::Done => {}
+        Step::Failed if stalled && conn.is_alone() => {}
         // It is in the middle, where nobody can read or write.
         _ if state.is_some() => conn.break_connection(fd),
         _ => {}

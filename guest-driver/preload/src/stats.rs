@@ -59,6 +59,8 @@ counters! {
     called_back: "went back to TCP: another program got the connection",
     /// Used in a way that only TCP has.
     left: "went back to TCP: the program did something with it that only TCP can do",
+    /// Its ring was full.
+    stalled: "went back to TCP: the other end did not read, and TCP holds more",
     /// Handed on in vain.
     broken: "broken off: another program got the connection, and the other end did not answer",
 }

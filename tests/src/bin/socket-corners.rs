@@ -271,6 +271,51 @@ fn signal(stream: &TcpStream) -> String {
     }
 }
 
+/// A pipe that holds less than is asked for, on either side.
+fn pipes(stream: &TcpStream) -> String {
+    let (fd, none) = (stream.as_raw_fd(), null_mut());
+    let mut seen = Vec::new();
+    let mut ends = [0; 2];
+    let mut data = vec![0u8; 200_000];
+    // SAFETY: descriptors, no offsets, and a buffer as long as it says.
+    unsafe {
+        libc::pipe(ends.as_mut_ptr());
+        let [from, to] = ends;
+        for _ in 0..3 {
+            libc::write(to, data.as_ptr().cast(), 10);
+            seen.push(result(libc::splice(from, none, fd, none, 65_536, 0)));
+            back(stream, 10);
+        }
+        let nonblocking = libc::SPLICE_F_NONBLOCK;
+        seen.push(result(libc::splice(from, none, fd, none, 100, nonblocking)));
+        seen.push(result(libc::splice(fd, null_mut(), fd, null_mut(), 100, 0)));
+        // Whoever has one thread only has to get back what there is room for in the pipe.
+        { stream }.write_all(&data[..100_000]).expect("sent");
+        let (mut left, mut whole) = (100_000, true);
+        while left > 0 {
+            let n = libc::splice(fd, none, to, none, 1 << 20, 0);
+            whole &= n > 0 && libc::read(from, data.as_mut_ptr().cast(), data.len()) == n;
+            left -= n.max(1);
+        }
+        seen.push(format!("{whole} {left}"));
+        libc::close(to);
+        seen.push(result(libc::splice(from, none, fd, none, 100, 0)));
+        libc::close(from);
+    }
+    ping(stream);
+    format!("{seen:?}")
+}
+
+/// Sends more than the other end sends back before anything of that is read.
+fn unread(mut stream: &TcpStream) -> String {
+    let data: Vec<u8> = (0..600_000usize).map(|i| (i ^ (i >> 8)) as u8).collect();
+    stream.write_all(&data).expect("sent");
+    let mut all = vec![0; data.len()];
+    stream.read_exact(&mut all).expect("received");
+    ping(stream);
+    (all == data).to_string()
+}
+
 /// It is disconnected, and connected again.
 fn again(stream: &TcpStream) -> String {
     let fd = stream.as_raw_fd();
@@ -418,6 +463,8 @@ fn main() {
     println!("urgent: {}", urgent(&connection(port)));
     println!("low water: {}", low_water(&connection(port)));
     println!("signal: {}", signal(&connection(port)));
+    println!("pipes: {}", pipes(&connection(port)));
+    println!("unread: {}", unread(&connection(port)));
     println!("again: {}", again(&connection(port)));
     println!("copied instance: {}", copied_instance(&connection(port), port));
     println!("raw children: {}", raw_children(&connection(port)));

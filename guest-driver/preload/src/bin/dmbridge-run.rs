@@ -1,6 +1,8 @@
 //! Runs an unchanged program; its TCP connections to other programs of this host, or of its virtual machines, that were started
 //! so go over DMBs (`docs/run.md`).
 
+#[path = "../elf.rs"]
+mod elf;
 #[path = "../stats.rs"]
 #[allow(dead_code, reason = "the library counts")]
 mod stats;
@@ -83,7 +85,14 @@ fn run(args: &Args) -> Result<ExitCode, String> {
         preload.push(":");
         preload.push(others);
     }
-    command.env("LD_PRELOAD", preload);
+    // A loader that cannot load it would not start the program at all.
+    if elf::find(program).is_some_and(|path| elf::loaded(&path) == elf::Loaded::Foreign) {
+        if args.verbose {
+            eprintln!("dmbridge-run: {} has another C library: its connections stay TCP", program.display());
+        }
+    } else {
+        command.env("LD_PRELOAD", preload);
+    }
     if args.verbose {
         command.env("DMBRIDGE_RUN_VERBOSE", "1");
     }

@@ -5,6 +5,7 @@
 //!
 //! | leaves | stays |
 //! | --- | --- |
+//! | `recall` = [`ASK`] | `took` = [`HERE`], unless it has asked itself and is the end that called `connect` |
 //! | `recall` = [`STOP`] | writes no more, neither into the ring nor to wake; `back` = where in TCP it is |
 //! | reads TCP up to there; what of it is data is put before what is unread in the ring; says where that begins; `recall` = [`TAKE`] | takes all of that out of the ring; `took` = 1; sends it over TCP, before anything else |
 //! | writes no more; `back` = where in TCP it is. It has TCP alone now | reads the ring to its end, TCP up to `back`, and then TCP |
@@ -20,6 +21,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 const STOP: u32 = 1;
 const TAKE: u32 = 2;
+const ASK: u32 = 3;
+/// `took`: done.
+const TOOK: u32 = 1;
+/// `took`: this end is there, and will not leave itself.
+const HERE: u32 = 2;
 /// `back` of a direction that is TCP, and stays so.
 const NEVER: u64 = u64::MAX;
 
@@ -94,8 +100,19 @@ pub fn waiting() -> Vec<(&'static Conn, c_int)> {
 impl Conn {
     // ---- leaving -----------------------------------------------------------------------------------------------------
 
-    /// Begins to leave. `None`: a thread is just reading or writing.
+    /// Asks the other end whether it is there: until it says so nothing changes, however long that takes. True: it has to be
+    /// woken for that.
+    pub fn ask_to_leave(&self) -> bool {
+        let they_leave = self.remote().took.load(Ordering::SeqCst) == HERE;
+        !they_leave
+            && self.remote().recall.compare_exchange(0, ASK, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+    }
+
+    /// Begins to leave. `None`: the other end has not answered, or a thread is just reading or writing.
     pub fn begin_leaving(&'static self) -> Option<Leaving> {
+        if self.local().took.load(Ordering::SeqCst) == 0 && !self.is_alone() {
+            return None;
+        }
         let leaving = Leaving {
             _rx: self.rx.lock.try_take()?,
             _tx: self.tx.lock.try_take()?,
@@ -108,8 +125,7 @@ impl Conn {
 
     /// Goes on, as far as the other end has come.
     pub fn go_on_leaving(&self, fd: c_int, leaving: &mut Leaving) -> Step {
-        // Then nobody over there answers any more.
-        let alone = self.has_closed() || self.eof.load(Ordering::Relaxed);
+        let alone = self.is_alone();
         let Some(rest) = leaving.rest else {
             let stopped = if alone { self.emptied(fd) } else { self.stopped(fd, &mut leaving.unread) };
             if stopped == Step::Done {
@@ -121,7 +137,7 @@ impl Conn {
             }
             return stopped;
         };
-        if self.local().took.load(Ordering::Acquire) == 0 {
+        if self.local().took.load(Ordering::Acquire) != TOOK {
             match alone {
                 false => return Step::Wait,
                 true if rest != 0 => return Step::Failed,
@@ -164,6 +180,11 @@ impl Conn {
     /// Whether the other end has closed, and nobody there answers any more.
     fn has_closed(&self) -> bool {
         self.local().cdc.load_prod().state.contains(StateFlags::PEER_CONN_CLOSED)
+    }
+
+    /// Whether nobody over there answers any more.
+    pub fn is_alone(&self) -> bool {
+        self.has_closed() || self.eof.load(Ordering::Relaxed)
     }
 
     /// The other end is gone. What it has written and nobody has read would be lost to who comes after us, who is told so;
@@ -229,7 +250,23 @@ impl Conn {
 
     /// Whether the other end wants to leave.
     pub fn is_left(&self) -> bool {
-        self.local().recall.load(Ordering::Acquire) != 0 && !self.tx.returned.load(Ordering::Relaxed)
+        let leaves = matches!(self.local().recall.load(Ordering::Acquire), STOP | TAKE);
+        leaves && !self.tx.returned.load(Ordering::Relaxed)
+    }
+
+    /// Says that this end is there, if the other one wants to know. Of two that want to leave the one that called `connect`
+    /// does.
+    pub fn answer(&self) {
+        let leaves = self.is_active() && self.remote().recall.load(Ordering::SeqCst) != 0;
+        if self.local().recall.load(Ordering::SeqCst) == ASK && !leaves {
+            let _ = self.remote().took.compare_exchange(0, HERE, Ordering::SeqCst, Ordering::Relaxed);
+        }
+    }
+
+    /// This end is TCP, and no ring was used: the other one need not wait for it when it wants to be so, too.
+    pub(super) fn decline(&self) {
+        self.remote().back.store(NEVER, Ordering::SeqCst);
+        self.remote().took.store(TOOK, Ordering::SeqCst);
     }
 
     /// Begins to stay behind. `None`: a thread is just writing.
@@ -284,7 +321,7 @@ impl Conn {
             });
             self.tx.returned.store(true, Ordering::SeqCst);
         }
-        self.remote().took.store(1, Ordering::SeqCst);
+        self.remote().took.store(TOOK, Ordering::SeqCst);
         self.flush_now();
         Step::Done
     }

@@ -29,6 +29,7 @@ impl Conn {
             if from.left() == 0 {
                 return Ok(done);
             }
+            crate::service::watch_full();
             if nonblocking {
                 self.tx.full.store(true, Ordering::SeqCst);
                 self.local().arm(ROOM, 0);
@@ -136,6 +137,7 @@ impl Conn {
             if left == 0 || ended {
                 break;
             }
+            crate::service::watch_full();
             if self.nonblocking.load(Ordering::Relaxed) {
                 self.tx.full.store(true, Ordering::SeqCst);
                 self.local().arm(ROOM, 0);
@@ -211,6 +213,12 @@ impl Conn {
         self.error.store(ECONNRESET as u32, Ordering::Relaxed);
         self.eof.store(true, Ordering::Relaxed);
         ECONNRESET
+    }
+
+    /// How far the peer has read, if the ring is full; and whether there is something to be read here.
+    pub fn stall(&self) -> Option<(u64, bool)> {
+        let moves = self.state() == State::Linked && self.is_full();
+        moves.then(|| (position(self.local().cdc.load_cons()), self.has_data()))
     }
 
     /// Whether a write would find room. Without the lock.
