@@ -27,6 +27,7 @@ mod readiness;
 mod receive;
 mod send;
 pub use back::{Leaving, Staying, Step, after_fork, waiting};
+pub use send::write_put_off;
 
 /// A piece of a long write that the peer is told of: it can read it while the next one is being written.
 const PIECE: usize = 128 << 10;

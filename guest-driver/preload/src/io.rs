@@ -1,6 +1,6 @@
 //! Reading and writing: `read`, `recv`, `write`, `send` and all their forms.
 
-use crate::conn::Conn;
+use crate::conn::{self, Conn};
 use crate::epoll::Until;
 use crate::errno::{Outcome, give, outcome};
 use crate::iov;
@@ -91,7 +91,9 @@ fn transmit<'a>(
     buffers: impl FnOnce() -> Result<&'a [iovec], c_int>,
     call: impl FnOnce() -> Outcome,
 ) -> Outcome {
-    carry(fd, call, |conn, call| conn.send(fd, buffers, flags, call))
+    let result = carry(fd, call, |conn, call| conn.send(fd, buffers, flags, call));
+    conn::write_put_off();
+    result
 }
 
 /// The list of a message.

@@ -184,6 +184,12 @@ fn is_open(fd: c_int) -> bool {
 
 /// A descriptor is about to be closed.
 fn closing(fd: c_int) {
+    leaving(fd, false);
+}
+
+/// As `closing`. `ends`: so is the process, maybe in a signal's handler, which may have interrupted anything. So nothing is
+/// freed and nobody called who ends too.
+fn leaving(fd: c_int, ends: bool) {
     let Some(entry) = table::get(fd) else { return };
     let kind = entry.kind();
     if kind == Kind::Other || service::is_borrowed() {
@@ -210,7 +216,7 @@ fn closing(fd: c_int) {
         if let Some((_, conn)) = conn.filter(|(index, _)| arena::descriptors(*index) == 1) {
             handover::before_leaving(conn, fd);
         }
-        if let Some(registrations) = entry.registrations() {
+        if let Some(registrations) = entry.registrations().filter(|_| !ends) {
             registrations.clear();
         }
         entry.set_kind(Kind::Other);
@@ -219,13 +225,15 @@ fn closing(fd: c_int) {
             if conn.close(fd) {
                 tcp::reset_at_close(fd);
             }
-            service::closed(index, conn);
+            service::closed(index, conn, ends);
         } else {
             // Other processes go on, or have ended without a word.
             let own = std::process::id();
             let _ = conn.home.compare_exchange(own, 0, Ordering::AcqRel, Ordering::Relaxed);
             conn.leave(fd);
-            service::left(index);
+            if !ends {
+                service::left(index);
+            }
         }
     });
 }
@@ -500,7 +508,7 @@ pub extern "C" fn at_exit() {
         return;
     }
     for (fd, _) in table::all().filter(|(_, e)| matches!(e.kind(), Kind::Conn | Kind::Stranger)) {
-        closing(fd);
+        leaving(fd, true);
     }
 }
 

@@ -1,7 +1,8 @@
 //! A lock in memory that processes share. Nothing blocks in the kernel for something else while it is held.
 //!
 //! It names the thread that holds it: a process may be killed at any moment, and those that share a connection with it go
-//! on. What the lock guards is then as that thread left it, and every step of it leaves something that can be used.
+//! on. What the lock guards is then as that thread left it, and every step of it leaves something that can be used. So it is
+//! for a signal's handler that interrupts the holder, and for a thread that has left by `longjmp`: both go on without waiting.
 
 use crate::errno;
 use libc::c_int;
@@ -17,11 +18,23 @@ const PATIENCE: Duration = Duration::from_millis(100);
 #[repr(transparent)]
 pub struct Lock(AtomicU32);
 
-/// Frees the lock when dropped.
-pub struct Guard<'a>(&'a Lock);
+/// Frees the lock when dropped, unless the one that it interrupts has it.
+pub struct Guard<'a>(&'a Lock, bool);
 
 thread_local! {
     static THREAD: Cell<u32> = const { Cell::new(0) };
+    /// Where the stack was when this thread took a lock last.
+    static STACK: Cell<usize> = const { Cell::new(0) };
+}
+
+/// What a signal's frame takes of the stack at least.
+const FRAME: usize = 512;
+
+/// Where the stack is.
+#[inline]
+fn stack() -> usize {
+    let here = 0u8;
+    std::hint::black_box(&raw const here) as usize
 }
 
 /// This thread's id.
@@ -49,25 +62,37 @@ impl Lock {
     #[inline]
     pub fn take(&self) -> Guard<'_> {
         let own = thread();
-        if self.0.compare_exchange(0, own, Ordering::Acquire, Ordering::Relaxed).is_err() {
-            self.take_slowly(own);
+        let nested = self.0.compare_exchange(0, own, Ordering::Acquire, Ordering::Relaxed).is_err()
+            && self.take_slowly(own);
+        if !nested {
+            STACK.with(|at| at.set(stack()));
         }
-        Guard(self)
+        Guard(self, nested)
+    }
+
+    /// Whether this thread has it and was interrupted by a signal, whose handler this is.
+    #[inline]
+    pub fn is_interrupted(&self) -> bool {
+        self.0.load(Ordering::Relaxed) & !WAITED == thread() && stack() + FRAME < STACK.with(Cell::get)
     }
 
     /// Takes it, if nobody has it.
     pub fn try_take(&self) -> Option<Guard<'_>> {
         let taken = self.0.compare_exchange(0, thread(), Ordering::Acquire, Ordering::Relaxed);
-        taken.is_ok().then(|| Guard(self))
+        taken.is_ok().then(|| Guard(self, false))
     }
 
+    /// True: it is that of who is interrupted.
     #[cold]
-    fn take_slowly(&self, own: u32) {
+    fn take_slowly(&self, own: u32) -> bool {
+        if self.0.load(Ordering::Relaxed) & !WAITED == own {
+            return self.is_interrupted();
+        }
         for _ in 0..100 {
             if self.0.load(Ordering::Relaxed) == 0
                 && self.0.compare_exchange(0, own, Ordering::Acquire, Ordering::Relaxed).is_ok()
             {
-                return;
+                return false;
             }
             std::hint::spin_loop();
         }
@@ -76,7 +101,7 @@ impl Lock {
             // Who has waited does not know whether others wait.
             if seen == 0 {
                 if self.0.compare_exchange(0, own | WAITED, Ordering::Acquire, Ordering::Relaxed).is_ok() {
-                    return;
+                    return false;
                 }
                 continue;
             }
@@ -90,7 +115,7 @@ impl Lock {
                 && !is_alive(waited & !WAITED)
                 && self.0.compare_exchange(waited, own | WAITED, Ordering::Acquire, Ordering::Relaxed).is_ok()
             {
-                return;
+                return false;
             }
         }
     }
@@ -112,7 +137,9 @@ impl Lock {
 impl Drop for Guard<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.0.release();
+        if !self.1 {
+            self.0.release();
+        }
     }
 }
 

@@ -272,14 +272,16 @@ pub fn conn_of(fd: c_int, entry: &Entry) -> Option<(u32, &'static Conn)> {
     Some((index, conn))
 }
 
-/// The last descriptor of all processes was closed.
-pub fn closed(index: u32, conn: &Conn) {
+/// The last descriptor of all processes was closed. `ends`: so does this process.
+pub fn closed(index: u32, conn: &Conn, ends: bool) {
     let (sent, received) = conn.bytes();
     stats::get().bytes_sent.fetch_add(sent, Ordering::Relaxed);
     stats::get().bytes_received.fetch_add(received, Ordering::Relaxed);
     if conn.state() == State::Asking || conn.has_rings() {
         conn.orphan();
-        send(Task::Closed { index });
+        if !ends {
+            send(Task::Closed { index });
+        }
     } else {
         conn.free();
     }

@@ -9,6 +9,7 @@ use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -316,6 +317,73 @@ fn unread(mut stream: &TcpStream) -> String {
     (all == data).to_string()
 }
 
+static SOCKET: AtomicI32 = AtomicI32::new(-1);
+static WRITTEN: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn write_too(_: c_int) {
+    // SAFETY: one byte.
+    let n = unsafe { libc::write(SOCKET.load(Ordering::Relaxed), c"s".as_ptr().cast(), 1) };
+    WRITTEN.fetch_add(n.max(0) as usize, Ordering::Relaxed);
+}
+
+extern "C" fn end(_: c_int) {
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(7) }
+}
+
+fn handle(signal: c_int, handler: extern "C" fn(c_int), every: libc::suseconds_t) {
+    let time = libc::timeval { tv_sec: 0, tv_usec: every };
+    // SAFETY: an all-zero sigaction is one; the handlers make system calls only.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(signal, &action, null_mut());
+        libc::setitimer(
+            libc::ITIMER_REAL,
+            &libc::itimerval { it_interval: time, it_value: time },
+            null_mut(),
+        );
+    }
+}
+
+/// A signal's handler writes to the connection that it interrupts the use of, or ends the process.
+fn handlers(mut stream: &TcpStream) -> String {
+    const ROUNDS: usize = 20_000;
+    SOCKET.store(stream.as_raw_fd(), Ordering::Relaxed);
+    handle(libc::SIGALRM, write_too, 200);
+    let (mut received, mut buffer) = (0, vec![0; 1 << 16]);
+    let mut receive = |until: &dyn Fn() -> usize| {
+        while received < until() {
+            received += { stream }.read(&mut buffer).expect("received");
+        }
+    };
+    for round in 1..=ROUNDS {
+        { stream }.write_all(&[7; 100]).expect("sent");
+        receive(&|| round * 100);
+    }
+    handle(libc::SIGALRM, write_too, 0);
+    receive(&|| ROUNDS * 100 + WRITTEN.load(Ordering::Relaxed));
+    let mut ended = 0;
+    for round in 0..100 {
+        // SAFETY: a copy of this process, which uses the connection until its timer ends it.
+        unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                handle(libc::SIGALRM, end, 500 + round * 13);
+                loop {
+                    let _ = stream.write(&[7; 5000]);
+                    let _ = stream.read(&mut buffer);
+                }
+            }
+            let mut status = 0;
+            libc::waitpid(pid, &mut status, 0);
+            ended += c_int::from(libc::WEXITSTATUS(status) == 7);
+        }
+    }
+    ended.to_string()
+}
+
 /// It is disconnected, and connected again.
 fn again(stream: &TcpStream) -> String {
     let fd = stream.as_raw_fd();
@@ -465,6 +533,7 @@ fn main() {
     println!("signal: {}", signal(&connection(port)));
     println!("pipes: {}", pipes(&connection(port)));
     println!("unread: {}", unread(&connection(port)));
+    println!("handlers: {}", handlers(&connection(port)));
     println!("again: {}", again(&connection(port)));
     println!("copied instance: {}", copied_instance(&connection(port), port));
     println!("raw children: {}", raw_children(&connection(port)));

@@ -49,6 +49,10 @@ impl Conn {
 
     /// Reads what is there. `None`: nothing is, and more may come.
     pub(super) fn get(&self, fd: c_int, to: &mut Writer<'_>, flags: c_int) -> Result<Option<usize>, c_int> {
+        if self.rx.lock.is_interrupted() {
+            // A signal's handler reads what this thread is just reading.
+            return Err(libc::EINTR);
+        }
         let _lock = self.rx.lock.take();
         if self.is_gone() && !self.rx.returned.load(Ordering::Relaxed) {
             return Err(self.break_off());

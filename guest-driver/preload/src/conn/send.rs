@@ -1,6 +1,45 @@
 //! Writing to a connection: into the ring once its direction has switched, and waiting for room there.
 
 use super::*;
+use std::cell::Cell;
+use std::mem::ManuallyDrop;
+
+thread_local! {
+    /// What handlers have written to connections, by address and descriptor, while this thread wrote to them.
+    static PUT_OFF: Cell<ManuallyDrop<Vec<(usize, c_int, Vec<u8>)>>> = const { Cell::new(ManuallyDrop::new(Vec::new())) };
+}
+
+/// Writes what was put off, once a call is done.
+#[inline]
+pub fn write_put_off() {
+    PUT_OFF.with(|all| {
+        // SAFETY: this thread's, which looks whether there is something.
+        if unsafe { !(*all.as_ptr()).is_empty() } {
+            write_all_put_off(ManuallyDrop::into_inner(all.replace(ManuallyDrop::new(Vec::new()))));
+        }
+    });
+}
+
+#[cold]
+fn write_all_put_off(all: Vec<(usize, c_int, Vec<u8>)>) {
+    for (at, fd, data) in all {
+        // SAFETY: a connection's address, in memory that stays mapped.
+        let conn = unsafe { &*(at as *const Conn) };
+        let list = crate::iov::one(data.as_ptr().cast(), data.len());
+        let mut from = Reader::new(&list);
+        while from.left() != 0 {
+            let put = match conn.put(fd, &mut from, MSG_NOSIGNAL) {
+                Err(BACK) => conn.send_by_tcp(fd, &mut from, MSG_NOSIGNAL, 0).map(|_| ()),
+                Ok(_) if from.left() != 0 => conn.wait_for_room(fd),
+                put => put.map(|_| ()),
+            };
+            // Who wrote it has been told that it was written.
+            if put.is_err_and(|errno| errno != libc::EINTR && errno != EAGAIN) {
+                break;
+            }
+        }
+    }
+}
 
 impl Conn {
     /// Sends. `real` is the call itself, for when it is TCP's.
@@ -48,6 +87,9 @@ impl Conn {
 
     /// Writes what fits.
     fn put(&self, fd: c_int, from: &mut Reader<'_>, flags: c_int) -> Outcome {
+        if self.tx.lock.is_interrupted() {
+            return Ok(self.put_off(fd, from));
+        }
         let mut done = 0;
         let _lock = self.tx.lock.take();
         // SAFETY: under the lock.
@@ -81,6 +123,23 @@ impl Conn {
         }
         self.tx.bytes.fetch_add(done as u64, Ordering::Relaxed);
         if self.is_gone() { Err(self.break_off()) } else { Ok(done) }
+    }
+
+    /// A signal's handler writes to what this thread is just writing to: it will be written behind that.
+    #[cold]
+    fn put_off(&self, fd: c_int, from: &mut Reader<'_>) -> usize {
+        let len = from.left();
+        let mut data = vec![0u8; len];
+        let to = data.as_mut_ptr();
+        // SAFETY: `len` bytes of the program's, and as many of ours.
+        unsafe { from.copy_to(len, |src, at, len| std::ptr::copy_nonoverlapping(src, to.add(at), len)) };
+        let at = std::ptr::from_ref(self) as usize;
+        PUT_OFF.with(|all| {
+            let mut list = all.replace(ManuallyDrop::new(Vec::new()));
+            list.push((at, fd, data));
+            all.set(list);
+        });
+        len
     }
 
     /// Writes what a descriptor gives by `fill`, which is told where to and how much at most, and says how much it was.
