@@ -99,6 +99,21 @@ pub fn read(fd: c_int) -> Option<u64> {
     None
 }
 
+/// As `read`, where urgent data may have come: the kernel counts nothing from there on as waiting, unless it is in line.
+pub fn read_before_urgent(fd: c_int) -> Option<u64> {
+    let in_line = |on: c_int| {
+        // SAFETY: an int. If it fails the connection is gone.
+        errno::keep(|| unsafe {
+            real::setsockopt(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, (&raw const on).cast(), 4)
+        });
+    };
+    let before = socket_option(fd, libc::SO_OOBINLINE)?;
+    in_line(1);
+    let bytes = read(fd);
+    in_line(before);
+    bytes
+}
+
 /// How many bytes of a connection are known to have gone where.
 #[derive(Clone, Copy)]
 pub struct Counts {

@@ -471,7 +471,8 @@ impl Conn {
         }
         let back = self.local().back.load(Ordering::Acquire);
         if back != NEVER {
-            let left = || Some((back - 1).saturating_sub(tcp::read(fd)?));
+            // What comes behind may be urgent.
+            let left = || Some((back - 1).saturating_sub(tcp::read_before_urgent(fd)?));
             while let Some(n @ 1..) = left() {
                 let most = usize::try_from(n).unwrap_or(usize::MAX).min(1 << 16);
                 // SAFETY: TCP does not copy what is cut off.

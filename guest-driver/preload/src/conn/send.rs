@@ -4,9 +4,12 @@ use super::*;
 use std::cell::Cell;
 use std::mem::ManuallyDrop;
 
+/// The address of a connection, a descriptor of it, and what is to be written.
+type PutOff = (usize, c_int, Vec<u8>);
+
 thread_local! {
-    /// What handlers have written to connections, by address and descriptor, while this thread wrote to them.
-    static PUT_OFF: Cell<ManuallyDrop<Vec<(usize, c_int, Vec<u8>)>>> = const { Cell::new(ManuallyDrop::new(Vec::new())) };
+    /// What handlers have written to connections while this thread wrote to them.
+    static PUT_OFF: Cell<ManuallyDrop<Vec<PutOff>>> = const { Cell::new(ManuallyDrop::new(Vec::new())) };
 }
 
 /// Writes what was put off, once a call is done.
@@ -21,7 +24,7 @@ pub fn write_put_off() {
 }
 
 #[cold]
-fn write_all_put_off(all: Vec<(usize, c_int, Vec<u8>)>) {
+fn write_all_put_off(all: Vec<PutOff>) {
     for (at, fd, data) in all {
         // SAFETY: a connection's address, in memory that stays mapped.
         let conn = unsafe { &*(at as *const Conn) };
