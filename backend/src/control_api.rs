@@ -23,7 +23,7 @@ where
 {
     let listener = socket.try_clone()?;
     listener.set_nonblocking(true)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     thread::Builder::new().name("control-api".into()).spawn(move || {
         if let Err(error) = runtime.block_on(serve(listener, report)) {
             tracing::error!("the control API ended: {error}");

@@ -10,12 +10,16 @@ use serde_json::Value;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::net::UnixStream;
 
 use crate::out;
 
 /// Where a daemon that was told nothing else by its package listens.
 pub const SOCKET: &str = "/run/dmbridge/control.sock";
+
+/// How long an answer may take, which takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Which daemon is asked, and how its answer is shown.
 #[derive(clap::Args)]
@@ -69,25 +73,30 @@ fn explain(socket: &Path, error: &io::Error) -> anyhow::Error {
 
 /// What a daemon answers to `GET` of a resource, as JSON.
 pub fn get(socket: &Path, resource: &str) -> Result<Vec<u8>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    runtime.block_on(async {
-        let stream = UnixStream::connect(socket).await.map_err(|error| explain(socket, &error))?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let request = Request::get(resource).header("host", "dmbridged").body(Empty::<Bytes>::new())?;
-        let ask = async move {
-            let answer = sender.send_request(request).await?;
-            let status = answer.status();
-            Ok::<_, hyper::Error>((status, answer.into_body().collect().await?.to_bytes()))
-        };
-        // The connection has to be driven while the question is asked, and ends when nobody can ask any more.
-        let (answer, _) = tokio::join!(ask, async {
-            let _ = connection.await;
-        });
-        let (status, body) =
-            answer.with_context(|| format!("{} is not a dmbridged's control socket", socket.display()))?;
-        if !status.is_success() {
-            bail!("dmbridged answered {status}: {}", String::from_utf8_lossy(&body));
-        }
-        Ok(body.to_vec())
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let answer = runtime.block_on(async { tokio::time::timeout(PATIENCE, get_now(socket, resource)).await });
+    answer.unwrap_or_else(|_| {
+        bail!("{} has not answered for {} s; is it dmbridged's?", socket.display(), PATIENCE.as_secs())
     })
+}
+
+async fn get_now(socket: &Path, resource: &str) -> Result<Vec<u8>> {
+    let stream = UnixStream::connect(socket).await.map_err(|error| explain(socket, &error))?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let request = Request::get(resource).header("host", "dmbridged").body(Empty::<Bytes>::new())?;
+    let ask = async move {
+        let answer = sender.send_request(request).await?;
+        let status = answer.status();
+        Ok::<_, hyper::Error>((status, answer.into_body().collect().await?.to_bytes()))
+    };
+    // The connection has to be driven while the question is asked, and ends when nobody can ask any more.
+    let (answer, _) = tokio::join!(ask, async {
+        let _ = connection.await;
+    });
+    let (status, body) =
+        answer.with_context(|| format!("{} is not a dmbridged's control socket", socket.display()))?;
+    if !status.is_success() {
+        bail!("dmbridged answered {status}: {}", String::from_utf8_lossy(&body));
+    }
+    Ok(body.to_vec())
 }

@@ -133,6 +133,9 @@ fn a_socket_that_is_no_daemons_is_told_apart() {
     let server = std::thread::spawn(move || drop(listener.accept()));
     refuses(&["devices", "--control", path.to_str().unwrap()], 1, "is not a dmbridged's control socket");
     server.join().unwrap();
+    let silent = folder.path().join("silent");
+    let _listener = std::os::unix::net::UnixListener::bind(&silent).unwrap();
+    refuses(&["engines", "--control", silent.to_str().unwrap()], 1, "has not answered for 10 s");
 }
 
 #[test]

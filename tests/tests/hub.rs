@@ -2,8 +2,12 @@
 
 use dmbridge_proto::status::Status::NoEntry;
 use dmbridge_tests::daemon::TestDaemon;
+use dmbridge_tests::deadline::until;
 use dmbridge_tests::frontend::{Options, RawFrontend};
+use dmbridge_tests::pair::Pair;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 
 fn me() -> u32 {
     nix::unistd::geteuid().as_raw()
@@ -69,9 +73,36 @@ fn the_hub_serves_no_more_devices_than_it_may() {
     let devices: Vec<_> = (0..3).map(|_| RawFrontend::connect(daemon.hub())).collect();
     assert!(RawFrontend::try_connect(daemon.hub(), &Options::default(), &mut |_| {}).is_err());
     drop(devices);
-    dmbridge_tests::deadline::until("there is room again", || {
+    until("there is room again", || {
         RawFrontend::try_connect(daemon.hub(), &Options::default(), &mut |_| {}).ok()
     });
+}
+
+#[test]
+fn without_descriptors_the_hub_refuses_and_the_daemon_goes_on() {
+    let daemon = TestDaemon::start();
+    let mut witness = Pair::new(&daemon.hub());
+    witness.check();
+    let limit = |number: &str| {
+        let pid = daemon.pid().to_string();
+        let status = Command::new("prlimit").args(["--pid", &pid, &format!("--nofile={number}:")]).status();
+        assert!(status.expect("prlimit").success());
+    };
+    // The lowest number that is free is the first one that it may not have.
+    let free = (0..).find(|fd| !Path::new(&format!("/proc/{}/fd/{fd}", daemon.pid())).exists());
+    limit(&free.expect("a number").to_string());
+    for _ in 0..3 {
+        assert!(RawFrontend::try_connect(daemon.hub(), &Options::default(), &mut |_| {}).is_err());
+    }
+    let asks = UnixStream::connect(daemon.path("control.sock")).expect("it listens");
+    witness.check();
+    limit("4096");
+    drop(asks);
+    let device = until("there is room again", || {
+        RawFrontend::try_connect(daemon.hub(), &Options::default(), &mut |_| {}).ok()
+    });
+    assert_eq!(group_of(&daemon, &device), format!("uid-{}", me()));
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
 }
 
 /// A connection that was made with another effective user id: this thread's alone is changed, by the system call.

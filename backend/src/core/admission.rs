@@ -9,7 +9,9 @@ use crate::settings::{DeviceSettings, Limits};
 use crate::socket::Socket;
 use dmbridge_proto::event::GoneReason;
 use dmbridge_proto::ids::Gid;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::hash_map::Entry;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -18,6 +20,17 @@ use std::time::{Duration, Instant};
 
 /// When a connection could not be taken because descriptors ran out, it is tried again after this long.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Whether there is a connection to be taken: without descriptors left, `accept` fails whether there is one or not.
+fn somebody_waits(socket: &Socket) -> bool {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO) == Ok(1)
+}
+
+/// A descriptor of nothing.
+pub(super) fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
+}
 
 /// Where front-ends connect.
 #[derive(Debug)]
@@ -100,12 +113,17 @@ impl Core {
 
     /// Takes the connections that wait at a listener.
     pub fn accept(&mut self, number: usize, arrived: &mut Vec<Arrived>) {
+        // Another thread may have been quicker the last time.
+        self.spare = self.spare.take().or_else(spare);
         loop {
             let Some(listener) = self.listeners.get(number) else { return };
             let socket = match listener {
                 Listener::Device { number, .. } if self.configured[*number].session.is_some() => return,
                 Listener::Device { socket, .. } | Listener::Hub { socket, .. } => socket,
             };
+            if !somebody_waits(socket) {
+                return;
+            }
             match socket.accept() {
                 Ok((stream, _)) => {
                     let result = match listener {
@@ -124,6 +142,12 @@ impl Core {
                         error.kind(),
                         io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
                     ) => {}
+                // Who comes to the hub is told at once, and not kept waiting for as long as others hold them all.
+                Err(error) if matches!(listener, Listener::Hub { .. }) && self.spare.take().is_some() => {
+                    tracing::warn!("the hub refuses a front-end: {error}");
+                    drop(socket.accept());
+                    self.spare = spare();
+                }
                 Err(error) => {
                     tracing::warn!("a connection cannot be taken: {error}");
                     self.timers.insert((Instant::now() + ACCEPT_AGAIN, Work::Accept(number)));

@@ -26,6 +26,7 @@ use dmbridge_proto::EVENT_QUEUE;
 use dmbridge_proto::ids::Gid;
 use keeping::Keeping;
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::time::Instant;
@@ -135,6 +136,8 @@ pub struct Core {
     started: HashMap<DeviceId, SessionId>,
     configured: Vec<Configured>,
     listeners: Vec<Listener>,
+    /// Makes room for a connection that is only closed, when there are no descriptors left.
+    spare: Option<File>,
     /// GIDs that are somebody's, started or not.
     gids: HashSet<Gid>,
     hub_sessions: usize,
@@ -174,6 +177,7 @@ impl Core {
             started: HashMap::new(),
             configured: Vec::new(),
             listeners: Vec::new(),
+            spare: admission::spare(),
             gids: HashSet::new(),
             hub_sessions: 0,
             hub_sessions_of: HashMap::new(),
