@@ -268,6 +268,45 @@ fn a_program_that_does_whatever_it_can_harms_nobody() {
 }
 
 #[test]
+fn a_device_can_be_taken_away_whatever_its_programs_do() {
+    let setup = setup();
+    let name = setup.a.shell("cd /sys/bus/virtio/drivers/dmbridge; echo virtio*");
+    let tell = |what: &str| {
+        setup.a.shell(&format!("echo {} >/sys/bus/virtio/drivers/dmbridge/{what}", name.trim()));
+    };
+    for round in 0..3 {
+        let mut b = program(&setup.b);
+        let mut hostile = [Bare::start(&setup.a), Bare::start(&setup.a)];
+        let gid = program(&setup.a).gid().to_string();
+        let tokens: Vec<_> =
+            (0..4).map(|_| b.ask(&format!("register {gid} 8192"))["tokens"][0].to_string()).collect();
+        for (seed, program) in hostile.iter_mut().enumerate() {
+            let tokens = tokens.join(" ").replace('"', "");
+            program.begin(&format!("abuse {} {} {} {tokens}", b.gid(), 2 * round + seed, 4 * STEPS));
+        }
+        setup.a.shell(&format!("sleep 0.{round}"));
+        tell("unbind");
+        for program in &mut hostile {
+            program.answer().expect("it does what it can");
+            assert!(program.ask("attach 0").unwrap_err().contains("os error 19"), "it is gone");
+        }
+        tell("bind");
+        setup.a.shell(&format!("chmod 666 {FILE}"));
+        let mut a = program(&setup.a);
+        exchange(&mut a, &mut b, "open", 1 << 20);
+        // What they had open and mapped is let go of when the next device is long there.
+        hostile.into_iter().for_each(Bare::kill);
+        exchange(&mut a, &mut b, "open", 1 << 20);
+        a.kill();
+        b.kill();
+    }
+    for vm in [&setup.a, &setup.b] {
+        reload(vm);
+        assert_kernel_is_content(vm);
+    }
+}
+
+#[test]
 fn a_program_of_the_host_and_one_of_a_guest_meet() {
     let setup = setup();
     reload(&setup.a);

@@ -2,7 +2,7 @@
 
 use super::image::{found, provisioned};
 use super::{Vm, VmOptions};
-use crate::build::{build, profile};
+use crate::build::{build, build_static, profile};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ pub fn set_up_smc(vm: &Vm) {
     vm.push(&fs::read(af_smc()).expect("the library was built"), AF_SMC);
     let run = build("dmbridge-preload", "dmbridge-run");
     vm.push(&fs::read(run).expect("the program was built"), "/usr/bin/dmbridge-run");
-    let program = build("dmbridge-guest-setup", "dmbridge-guest-setup");
+    let program = build_static("dmbridge-guest-setup");
     vm.push(&fs::read(program).expect("the program was built"), "/usr/bin/dmbridge-guest-setup");
     vm.shell(&format!("modprobe smc; test -e /sys/module/dmbridge || insmod {MODULE} {}", parameters()));
     vm.output(&["dmbridge-guest-setup", "--module", MODULE]);
