@@ -280,6 +280,8 @@ void dmbridge_chardev_event(struct dmbridge *dev, const struct dmbridge_event *e
 			break;
 		fallthrough;
 	case DMBRIDGE_EVENT_GONE:
+	case DMBRIDGE_EVENT_PAUSED:
+	case DMBRIDGE_EVENT_RESUMED:
 		list_for_each_entry(file, &chardev->files, list)
 			tell(file, event);
 		break;

@@ -10,6 +10,7 @@
 #include <linux/hash.h>
 #include <linux/mm.h>
 #include <linux/scatterlist.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include "dmbridge.h"
 
@@ -88,13 +89,21 @@ static int late(struct dmbridge *dev)
 	return -EIO;
 }
 
-/* Spins until *done, or, without it, until something may have changed. */
-static int spin(struct dmbridge_moves *moves, const bool *done, ktime_t end)
+/*
+ * Spins until *done, or, without it, until something may have changed. A program leaves
+ * the CPU to others, and gives up when it is killed.
+ */
+static int spin(struct dmbridge_moves *moves, const bool *done, ktime_t end, bool is_program)
 {
 	do {
 		if (dmbridge_is_broken(moves->dev))
 			return -EIO;
-		cpu_relax();
+		if (is_program && fatal_signal_pending(current))
+			return -EINTR;
+		if (is_program)
+			cond_resched();
+		else
+			cpu_relax();
 		spin_lock_bh(&moves->lock);
 		reap(moves);
 		spin_unlock_bh(&moves->lock);
@@ -130,8 +139,8 @@ static size_t pieces(struct scatterlist *sg, unsigned int *count, const u8 *data
 
 /*
  * Posts one move. Up to DMBRIDGE_MOVE_INLINE bytes are copied and nobody waits;
- * more are waited for, and with @bounce, where the data lies, all. If the wait is given
- * up, *@bounce is the move's, and NULL here. Returns how many bytes were taken.
+ * more are waited for, and with a program's @bounce, where the data lies, all. If the
+ * wait is given up, *@bounce is the move's, and NULL here. Returns how many bytes were taken.
  */
 static ssize_t post(struct dmbridge_moves *moves, struct dmbridge_move_header *header,
 		    const void *data, size_t size, struct dmbridge_remote *remote,
@@ -199,7 +208,7 @@ again:
 	dmbridge_count(moves->dev, moved_bytes, size);
 	if (!waits)
 		return size;
-	rc = spin(moves, &wait.done, end);
+	rc = spin(moves, &wait.done, end, bounce);
 	if (rc) {
 		/* The device will not write to this stack. */
 		spin_lock_bh(&moves->lock);
@@ -216,7 +225,7 @@ again:
 	}
 	return wait.status ? wait.status : size;
 full:
-	rc = spin(moves, NULL, end);
+	rc = spin(moves, NULL, end, bounce);
 	if (!rc && ktime_after(ktime_get(), end))
 		rc = late(moves->dev);
 	if (rc)
@@ -280,7 +289,7 @@ int dmbridge_move(struct dmbridge *dev, u64 token, u64 offset, const void *data,
  * @flags: as the program gave them
  * @mask: the same
  *
- * Context: may sleep. Spins.
+ * Context: a program's. Sleeps, and spins; ends when the program is killed.
  * Return: 0 when it is done, or what is wrong.
  */
 int dmbridge_move_and_wait(struct dmbridge *dev, u64 token, u64 offset, void **bounce,
@@ -317,7 +326,7 @@ int dmbridge_moves_drain(struct dmbridge_remote *remote)
 	int rc;
 
 	while (atomic_read_acquire(&remote->inflight)) {
-		rc = spin(moves, NULL, end);
+		rc = spin(moves, NULL, end, false);
 		if (rc)
 			return rc;
 		if (ktime_after(ktime_get(), end))

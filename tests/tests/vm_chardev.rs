@@ -31,8 +31,12 @@ fn setup() -> Lent<'static, VmPair> {
 
 /// Loads the module anew. A virtual machine has few mappings, and what other tests have left takes some.
 fn reload(vm: &Vm) {
+    reload_with(vm, "");
+}
+
+fn reload_with(vm: &Vm, parameters: &str) {
     vm.shell(&format!(
-        "until rmmod dmbridge 2>/dev/null; do sleep 0.1; done; insmod {MODULE}; chmod 666 {FILE}"
+        "until rmmod dmbridge 2>/dev/null; do sleep 0.1; done; insmod {MODULE} {parameters}; chmod 666 {FILE}"
     ));
 }
 
@@ -322,6 +326,38 @@ fn a_program_of_the_host_and_one_of_a_guest_meet() {
     let sender = guest.sender("attach", private["tokens"][0].as_str().expect("a token"));
     guest.ask(&format!("write {sender} 0 by a store"));
     assert_eq!(host.ask(&format!("read {} 0 10", private["dmb"]))["text"], "by a store");
+}
+
+#[test]
+fn a_program_that_is_killed_while_it_moves_to_a_paused_guest_leaves_its_data_to_the_move() {
+    let mut setup = setup();
+    // So that DMBs lie in the guest's own memory.
+    reload_with(&setup.b, "map=0");
+    let (mut a, mut b) = (program(&setup.a), program(&setup.b));
+    let text = "0123456789abcdef".repeat(200);
+    let (dmb, token) = b.register(&a, 65536);
+    let sender = a.sender("move", &token);
+    setup.b.pause();
+    assert_eq!(a.event("paused")["gid"], b.gid());
+    a.begin(&format!("write {sender} 0 {text}"));
+    until("it waits in the kernel, and leaves the CPU to others", || {
+        let stat = setup.a.shell("cat /proc/$(pidof vm-guest | tr ' ' '\\n' | sort -n | tail -n 1)/stat");
+        let ticks: u64 = stat.split(' ').nth(14).expect("its time there").parse().expect("a number");
+        (ticks > 20).then_some(())
+    });
+    a.kill();
+    // What was its memory is others' now.
+    setup.a.shell("dd if=/dev/zero of=/tmp/filled bs=1M count=32 2>/dev/null; rm /tmp/filled");
+    setup.b.resume();
+    let read = format!("read {dmb} 0 {}", text.len());
+    until("the move is made", || (b.ask(&read)["text"] == text).then_some(()));
+    let mut a = program(&setup.a);
+    exchange(&mut a, &mut b, "open", 1 << 20);
+    a.kill();
+    b.kill();
+    reload(&setup.b);
+    assert_kernel_is_content(&setup.a);
+    assert_kernel_is_content(&setup.b);
 }
 
 #[test]

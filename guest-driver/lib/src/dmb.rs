@@ -559,6 +559,23 @@ pub(crate) mod tests {
         fn is_connected(&self) -> bool {
             !self.lost.load(Ordering::Acquire)
         }
+
+        fn leave_will(&self, last: &LastMove) -> Option<libc::c_ulong> {
+            let mut asked = self.asked.lock().unwrap();
+            asked.push(format!("will {:#x} at {}, then {}", last.byte, last.offset, last.mask));
+            Some(asked.len() as libc::c_ulong)
+        }
+
+        fn withdraw_will(&self, number: libc::c_ulong) {
+            self.asked.lock().unwrap().push(format!("withdraw {number}"));
+        }
+    }
+
+    impl FakePort {
+        /// What handles have asked for since this was last called, in order.
+        pub(crate) fn asked(&self) -> Vec<String> {
+            std::mem::take(&mut self.asked.lock().unwrap())
+        }
     }
 
     /// Both ends of a DMB of `size` bytes, with no device.
@@ -694,7 +711,7 @@ pub(crate) mod tests {
         let token = dmb.token();
         drop(remote);
         drop(dmb);
-        assert_eq!(*port.asked.lock().unwrap(), [format!("detach {token}"), format!("unregister {token}")]);
+        assert_eq!(port.asked(), [format!("detach {token}"), format!("unregister {token}")]);
     }
 
     #[test]

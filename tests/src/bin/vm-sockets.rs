@@ -9,7 +9,7 @@
 //! | `exchange CONNECTIONS BYTES` | each side sends so many bytes on each connection while it receives as many, and checks every one |
 //! | `hang` | one connection, which sends all the time and reads until it ends |
 //! | `listen` | one connection, which only reads until it ends |
-//! | `idle` | one connection, which neither sends nor reads until the program is killed |
+//! | `idle`, `finish` | one connection, which neither sends nor reads until the program is killed; after it has said that it will not |
 
 use anyhow::{Context, Result, bail};
 use dmbridge::Device;
@@ -184,6 +184,10 @@ fn hang<S: Stream>(stream: S, how: &str) -> Result<Value> {
         "hang" => (true, true),
         "listen" => (false, true),
         "idle" => (false, false),
+        "finish" => {
+            stream.finish().context("shutting down")?;
+            (false, false)
+        }
         _ => bail!("there is no such thing to do"),
     };
     let mut sender = stream.another()?;

@@ -74,7 +74,7 @@ impl Ends {
         let mut connection = Connection::new();
         connection.establish();
         remote.init();
-        let will = remote.leave_will();
+        let will = remote.leave_will(false);
         let (cursor, flags) = (Cursor::default(), ProducerFlags::empty());
         let said = Said { cursor, flags, connection, read: None, will };
         let (stops, process) = (Arc::default(), Process::current());
@@ -148,7 +148,14 @@ impl Ends {
 
     /// Nothing more will be sent.
     pub(crate) fn tell_finished(&self) -> Result<(), Error> {
-        self.tell(true, |said| said.connection.shut_down())
+        self.tell(true, |said| said.connection.shut_down())?;
+        let mut said = lock(&self.said);
+        if said.will.is_some()
+            && let Some(will) = self.remote.leave_will(true)
+        {
+            said.will = Some(will);
+        }
+        Ok(())
     }
 
     /// The stream is of no use any more.

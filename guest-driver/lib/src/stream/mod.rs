@@ -269,6 +269,31 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_leaves_a_will_that_says_what_its_death_would_mean_until_it_has_said_its_last_word() {
+        let streams = || {
+            let (here, to_here, _) = pair(4096, BOTH[0]);
+            let (there, to_there, port) = pair(4096, BOTH[0]);
+            (DmbStream::new(here, to_there), DmbStream::new(there, to_here), port)
+        };
+        let (mut a, b, port) = streams();
+        assert_eq!(port.asked(), ["will 0x20 at 23, then 1"], "broken off");
+        a.sender().finish().unwrap();
+        assert_eq!(port.asked(), ["will 0xc0 at 23, then 1", "withdraw 1"], "closed");
+        let (sender, receiver) = a.split();
+        drop(sender);
+        assert_eq!(port.asked(), Vec::<String>::new());
+        drop(receiver);
+        assert_eq!(port.asked()[0], "withdraw 1");
+        drop(b);
+
+        let (mut a, b, port) = streams();
+        let cursor = Cursor { wrap: 0, count: 9999 };
+        b.sender.ends().remote().store_prod(CursorWord { cursor, ..Default::default() }).unwrap();
+        assert!(a.recv(&mut [0; 10]).is_err());
+        assert_eq!(port.asked(), ["will 0x20 at 23, then 1", "withdraw 1"], "this side broke it off");
+    }
+
+    #[test]
     fn flags_are_where_linux_has_them() {
         let (mut a, b) = streams(4096, BOTH[0], Duration::ZERO);
         a.sender().finish().unwrap();

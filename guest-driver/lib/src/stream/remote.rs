@@ -94,9 +94,11 @@ impl Remote {
         }
     }
 
-    /// Has the peer told that the stream is broken off when this process ends.
-    pub(crate) fn leave_will(&self) -> Option<Will> {
-        let (offset, byte) = (STATE_OFFSET as u64, StateFlags::PEER_CONN_ABORT.bits());
+    /// Has the peer told of this process's end: that the stream is broken off, or, if this side has `finished` before, closed.
+    pub(crate) fn leave_will(&self, finished: bool) -> Option<Will> {
+        let closed = StateFlags::PEER_DONE_WRITING | StateFlags::PEER_CONN_CLOSED;
+        let last = if finished { closed } else { StateFlags::PEER_CONN_ABORT };
+        let (offset, byte) = (STATE_OFFSET as u64, last.bits());
         match self {
             Remote::Map(dmb) => dmb.leave_will(offset, byte, SIGNAL),
             Remote::Move(moved) => moved.mover.leave_will(offset, byte, SIGNAL),
