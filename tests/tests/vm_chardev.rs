@@ -297,10 +297,10 @@ fn a_device_can_be_taken_away_whatever_its_programs_do() {
         tell("bind");
         setup.a.shell(&format!("chmod 666 {FILE}"));
         let mut a = program(&setup.a);
-        exchange(&mut a, &mut b, "open", 1 << 20);
+        a.exchange(&mut b, ["open"; 2], 1 << 20, 1 << 20);
         // What they had open and mapped is let go of when the next device is long there.
         hostile.into_iter().for_each(Bare::kill);
-        exchange(&mut a, &mut b, "open", 1 << 20);
+        a.exchange(&mut b, ["open"; 2], 1 << 20, 1 << 20);
         a.kill();
         b.kill();
     }
@@ -352,7 +352,7 @@ fn a_program_that_is_killed_while_it_moves_to_a_paused_guest_leaves_its_data_to_
     let read = format!("read {dmb} 0 {}", text.len());
     until("the move is made", || (b.ask(&read)["text"] == text).then_some(()));
     let mut a = program(&setup.a);
-    exchange(&mut a, &mut b, "open", 1 << 20);
+    a.exchange(&mut b, ["open"; 2], 1 << 20, 1 << 20);
     a.kill();
     b.kill();
     reload(&setup.b);
