@@ -2,6 +2,7 @@
 
 use dmbridge_proto::control::Segment;
 use dmbridge_proto::moves::{MoveFlags, MoveHeader};
+use dmbridge_proto::status::Status;
 use dmbridge_tests::daemon::TestDaemon;
 use dmbridge_tests::frontend::{Options, RawFrontend};
 use dmbridge_tests::pair::Pair;
@@ -123,6 +124,53 @@ fn every_engine_is_tried_among_the_moves_and_all_of_them_arrive() {
     let tried: Vec<_> = report.engines.iter().filter(|engine| engine.copies >= 8).collect();
     assert!(tried.len() >= 2, "{:?}", report.engines);
     assert_eq!(report.engines.iter().map(|engine| engine.copies).sum::<u64>(), 100);
+}
+
+#[test]
+fn once_a_reset_is_acknowledged_no_engine_writes_into_the_devices_memory() {
+    for engine in ["cpu", "cpu-node"] {
+        let settings = "[engines]\nworkers = 2\ncache = \"\"\n";
+        let daemon = TestDaemon::start_with(&["--engine", engine], settings);
+        let mut owner = RawFrontend::connect_with(daemon.hub(), Options::without_map());
+        let mut sender = RawFrontend::connect(daemon.hub());
+        const SIZE: usize = 2 << 20;
+        let (pages, line) = (owner.memory.allocate(SIZE as u64, 4096), owner.memory.allocate(64, 64));
+        let data = sender.memory.allocate(SIZE as u64, 4096);
+        for round in 1..=30u8 {
+            owner.memory.write(pages, &[0; SIZE]);
+            let segments = [Segment { addr: pages, len: SIZE as u64 }];
+            let dmb = owner.register_ram(sender.gid(), line, &segments).expect("a RAM DMB");
+            let header = MoveHeader { token: dmb.token, offset: 0, mask: 0, flags: MoveFlags::empty() };
+            let sender = &mut sender;
+            std::thread::scope(|scope| {
+                // Each move writes something else, for as long as there is something to write to.
+                let mover = scope.spawn(move || {
+                    for number in 1u64.. {
+                        sender.memory.write(data, &number.to_le_bytes().repeat(SIZE / 8));
+                        let piece = Descriptor::readable(data, SIZE as u32);
+                        match sender.move_raw(&header.to_bytes(), &[piece]) {
+                            (8, 0) => {}
+                            (8, status) => return Status::from_byte(status).expect("a status"),
+                            (used, _) => panic!("a move is answered with 8 bytes, not {used}"),
+                        }
+                    }
+                    unreachable!("the device was reset")
+                });
+                let some = pages + SIZE as u64 / 32 * u64::from(round);
+                while owner.memory.read(some, 8) == [0; 8] {
+                    std::thread::yield_now();
+                }
+                owner.reset();
+                let then = owner.memory.read(pages, SIZE);
+                let status = mover.join().expect("the mover does not panic");
+                assert!(matches!(status, Err(Status::NoEntry | Status::Reset)), "{engine}: {status:?}");
+                assert!(then == owner.memory.read(pages, SIZE), "{engine}, round {round}");
+            });
+            owner.start(&mut |_| {}).expect("started again");
+            owner.post_event_buffers(16);
+        }
+        assert_eq!(daemon.log().matches("panicked").count(), 0);
+    }
 }
 
 #[test]

@@ -270,6 +270,27 @@ fn a_device_is_where_its_memory_is_and_not_where_its_process_happens_to_run() {
 }
 
 #[test]
+fn a_device_that_has_moved_is_seen_to_when_an_extent_is_made() {
+    let setup = setup();
+    let mut moved = Driven::inside(&setup.vm, 0, HUB);
+    let gid = moved.gid().to_string();
+    moved.ask(&format!("register {gid} 4096"));
+    let found = device(&mut moved);
+    assert_eq!((&found["node"], &found["node_source"]), (&json!(0), &json!("cpus")));
+    setup.vm.shell(&format!("taskset -p 2 {}", found["peer"]["pid"]));
+    // More than there is room for in the first extent.
+    moved.ask(&format!("register {gid} {}", 4 << 20));
+    let found = device(&mut moved);
+    assert_eq!((&found["node"], &found["node_source"]), (&json!(1), &json!("cpus")));
+    let report = report(&mut moved);
+    let extents = report["extents"].as_array().expect("a list").iter();
+    let mut nodes: Vec<_> = extents.filter(|extent| extent["owner"] == gid.as_str()).collect();
+    nodes.sort_by_key(|extent| extent["id"].as_u64());
+    let nodes: Vec<_> = nodes.into_iter().map(|extent| extent["nodes"].clone()).collect();
+    assert_eq!(nodes, [json!([0]), json!([1])]);
+}
+
+#[test]
 fn large_moves_are_copied_by_cpus_of_the_node_where_they_arrive() {
     let setup = setup();
     let (vm, hub) = (&setup.vm, "/tmp/engines-hub.sock");

@@ -4,7 +4,7 @@
 use super::calibrate::{self, Named};
 use super::cpu::CpuEngine;
 use super::cpu_node::NodePool;
-use super::dsa::host::{self, HostQueue};
+use super::dsa::host::{self, Found, HostQueue};
 use super::dsa::{Accelerator, Counters};
 use super::table::{Chosen, Id, Kind, Measured, Rule, Table};
 use super::trial::{self, Trials};
@@ -149,15 +149,30 @@ fn pools(settings: &EngineSettings, topology: &Topology) -> io::Result<Vec<NodeP
     Ok(pools)
 }
 
-/// One queue of each node, of those that are configured or named for this daemon.
+/// One queue of each node, of those that are configured or named for this daemon, and that can be opened.
 fn accelerators(settings: &EngineSettings, topology: &Topology) -> Vec<(NodeId, Accelerator)> {
-    let mut accelerators: Vec<(NodeId, Accelerator)> = Vec::new();
     let found = host::find();
     for name in settings.dsa.iter().flatten() {
         if !found.iter().any(|queue| queue.queue == *name) {
             tracing::warn!("{name} is no enabled work queue of type user; it is not used");
         }
     }
+    one_of_each_node(settings, topology, &found, |queue| match HostQueue::open(queue) {
+        Ok(opened) => Some(Accelerator::new(Arc::new(opened))),
+        Err(error) => {
+            tracing::warn!("{} cannot be used: {error}", queue.queue);
+            None
+        }
+    })
+}
+
+fn one_of_each_node<T>(
+    settings: &EngineSettings,
+    topology: &Topology,
+    found: &[Found],
+    mut open: impl FnMut(&Found) -> Option<T>,
+) -> Vec<(NodeId, T)> {
+    let mut opened: Vec<(NodeId, T)> = Vec::new();
     for queue in found {
         let wanted = match &settings.dsa {
             Some(names) => names.contains(&queue.queue),
@@ -165,15 +180,11 @@ fn accelerators(settings: &EngineSettings, topology: &Topology) -> Vec<(NodeId, 
         };
         // Of a device that does not say where it is, any node is as good.
         let node = queue.node.filter(|node| topology.has(*node)).unwrap_or(topology.nodes()[0].id);
-        if !wanted || accelerators.iter().any(|(other, _)| *other == node) {
-            continue;
-        }
-        match HostQueue::open(&queue) {
-            Ok(opened) => accelerators.push((node, Accelerator::new(Arc::new(opened)))),
-            Err(error) => tracing::warn!("{} cannot be used: {error}", queue.queue),
+        if wanted && !opened.iter().any(|(other, _)| *other == node) {
+            opened.extend(open(queue).map(|queue| (node, queue)));
         }
     }
-    accelerators
+    opened
 }
 
 /// All engines, by a way to each that nobody else has; the CPU first.
@@ -444,6 +455,38 @@ mod tests {
             assert_eq!(report.rows.iter().map(|row| row.uses).sum::<u64>(), 8);
             assert!(report.rows.iter().all(|row| row.chosen_by == "configuration"));
         }
+    }
+
+    #[test]
+    fn each_node_has_one_queue_of_those_that_are_meant_and_can_be_opened() {
+        let topology = crate::testing::host(&[("0-3", 4096, "10 20"), ("4-7", 4096, "20 10")]);
+        let queue = |queue: &str, name: &str, node| Found {
+            queue: queue.into(),
+            name: name.into(),
+            node: NodeId::new(node),
+            dedicated: true,
+            size: 16,
+            limits: crate::engine::dsa::queue::Limits { max_transfer: 1 << 21, max_batch: 32 },
+        };
+        let found = [
+            queue("wq0.0", "other", 0),
+            queue("wq0.1", "dmbridge", 0),
+            queue("wq0.2", "dmbridge", 0),
+            queue("wq1.0", "dmbridge", 1),
+            queue("wq2.0", "dmbridge", 7),
+        ];
+        let used = |dsa: Option<&[&str]>, broken: &str| {
+            let dsa = dsa.map(|names| names.iter().map(|name| name.to_string()).collect());
+            let settings = EngineSettings { dsa, ..EngineSettings::default() };
+            let open = |queue: &Found| (queue.queue != broken).then(|| queue.queue.clone());
+            let used = one_of_each_node(&settings, &topology, &found, open);
+            used.into_iter().map(|(node, queue)| format!("{queue} on {node}")).collect::<Vec<_>>()
+        };
+        assert_eq!(used(None, ""), ["wq0.1 on 0", "wq1.0 on 1"]);
+        assert_eq!(used(None, "wq0.1"), ["wq0.2 on 0", "wq1.0 on 1"]);
+        assert_eq!(used(Some(&["wq0.0", "wq0.1"]), ""), ["wq0.0 on 0"]);
+        assert_eq!(used(Some(&["wq2.0"]), ""), ["wq2.0 on 0"]);
+        assert!(used(Some(&[]), "").is_empty());
     }
 
     #[test]

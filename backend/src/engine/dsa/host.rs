@@ -374,4 +374,41 @@ mod tests {
         // SAFETY: as above.
         assert_eq!(unsafe { queue.submit(&descriptor) }, Err(NotTaken::Lost));
     }
+
+    /// A queue that is written to, over one end of a pair of sockets, which say as the kernel's driver does that they are full.
+    #[test]
+    fn where_the_portal_cannot_be_mapped_descriptors_are_written_one_by_one() {
+        use std::os::unix::net::UnixDatagram;
+        let (device, end) = UnixDatagram::pair().unwrap();
+        end.set_nonblocking(true).unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(end));
+        let limits = Limits { max_transfer: 4096, max_batch: 1 };
+        let size = 1 << 20;
+        let open = RwLock::new(Some((Way::Write, file)));
+        let queue = HostQueue { limits, open, room: AtomicUsize::new(size) };
+        let record = Record::default();
+        let descriptor = |number: u32| Descriptor::memmove(1, 2, number, &record);
+        // SAFETY: nobody works on them.
+        let submit = |number| unsafe { queue.submit(&descriptor(number)) };
+        let mut taken = 0;
+        while submit(taken + 1) == Ok(()) {
+            taken += 1;
+        }
+        assert_eq!((submit(taken + 1), taken > 0), (Err(NotTaken::Busy), true));
+        assert_eq!(
+            queue.room.load(Ordering::Relaxed),
+            size - taken as usize,
+            "what is not taken needs no room"
+        );
+        let mut bytes = [0; 65];
+        for number in 1..=taken {
+            assert_eq!(device.recv(&mut bytes).unwrap(), 64);
+            // SAFETY: a descriptor is 64 bytes of integers.
+            let got: Descriptor = unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) };
+            assert_eq!(got, descriptor(number));
+        }
+        assert_eq!(submit(taken + 1), Ok(()));
+        drop(device);
+        assert_eq!(submit(taken + 2), Err(NotTaken::Lost));
+    }
 }

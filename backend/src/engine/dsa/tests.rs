@@ -104,6 +104,50 @@ fn a_queue_that_hangs_is_given_up_and_never_writes_again() {
     }
 }
 
+/// A queue that has no room so many times before each descriptor that it takes.
+#[derive(Debug)]
+struct Full {
+    queue: Arc<Software>,
+    times: u64,
+    asked: AtomicU64,
+}
+
+impl WorkQueue for Full {
+    fn limits(&self) -> Limits {
+        self.queue.limits()
+    }
+
+    unsafe fn submit(&self, descriptor: &Descriptor) -> Result<(), NotTaken> {
+        if self.asked.fetch_add(1, Ordering::Relaxed) % (self.times + 1) < self.times {
+            return Err(NotTaken::Busy);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.queue.submit(descriptor) }
+    }
+
+    fn completed(&self) {
+        self.queue.completed();
+    }
+
+    fn abandon(&self) {
+        self.queue.abandon();
+    }
+}
+
+#[test]
+fn a_full_queue_is_asked_again_and_what_it_never_takes_is_copied() {
+    for (times, refused) in [(100, false), (u64::MAX - 1, true)] {
+        let queue = Software::start(LIMITS, ROOM, Behaviour::default());
+        let queue = Arc::new(Full { queue, times, asked: AtomicU64::new(0) });
+        let mut engine = Accelerator::new(queue.clone()).engine(CpuEngine);
+        check(&mut engine, &[1 << 20]);
+        assert!(queue.asked.load(Ordering::Relaxed) > 100);
+        let counters = &engine.accelerator.counters;
+        assert_eq!(counters.busy.load(Ordering::Relaxed) != 0, refused);
+        assert_eq!(counters.lost.load(Ordering::Relaxed), 0, "it is asked again for the next one");
+    }
+}
+
 #[test]
 fn what_could_tear_a_word_is_not_given_to_it() {
     // It errs at everything that it is given.
