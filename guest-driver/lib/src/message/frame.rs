@@ -6,18 +6,18 @@ use crate::error::Error;
 /// Size of a frame, in bytes.
 pub(super) const SIZE: usize = 32;
 /// Version of all of it.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 
 /// A frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Frame {
     /// First of all, from both: the process's number (0: there is no way into it), and a number to be put into its memory
-    /// by the other. `known`: from which size on messages go directly, if the process knows; else 0.
-    Hello { pid: u32, challenge: u64, known: u64 },
+    /// by the other. `from`: the size from which on messages have to go directly; 0: whatever is faster.
+    Hello { pid: u32, challenge: u64, from: u64 },
     /// Where the other's number was put.
     Proof { address: u64 },
-    /// Whether it was found there; later, from which size on messages are to go directly.
-    Verdict { good: bool, threshold: u64 },
+    /// Whether it was found there.
+    Verdict { good: bool },
     /// A message whose bytes follow.
     Inline { len: u64 },
     /// A message whose bytes are in the sender's memory; so many pieces follow, each an address and a length.
@@ -28,9 +28,9 @@ impl Frame {
     /// As it lies in the stream.
     pub(super) fn to_bytes(self) -> [u8; SIZE] {
         let words = match self {
-            Frame::Hello { pid, challenge, known } => [1 | VERSION << 16, pid.into(), challenge, known],
+            Frame::Hello { pid, challenge, from } => [1 | VERSION << 16, pid.into(), challenge, from],
             Frame::Proof { address } => [2, address, 0, 0],
-            Frame::Verdict { good, threshold } => [3, good.into(), threshold, 0],
+            Frame::Verdict { good } => [3, good.into(), 0, 0],
             Frame::Inline { len } => [4, len, 0, 0],
             Frame::Offer { number, len, pieces } => [5, number.into(), len, pieces.into()],
         };
@@ -51,10 +51,10 @@ impl Frame {
         let small = |at| u32::try_from(word(at)).map_err(|_| Error::Peer("a number is too large"));
         Ok(match word(0) {
             kind if kind == 1 | VERSION << 16 => {
-                Frame::Hello { pid: small(1)?, challenge: word(2), known: word(3) }
+                Frame::Hello { pid: small(1)?, challenge: word(2), from: word(3) }
             }
             2 => Frame::Proof { address: word(1) },
-            3 => Frame::Verdict { good: word(1) == 1, threshold: word(2) },
+            3 => Frame::Verdict { good: word(1) == 1 },
             4 => Frame::Inline { len: word(1) },
             5 => Frame::Offer { number: small(1)?, len: word(2), pieces: small(3)? },
             _ => return Err(Error::Peer("a frame is of no kind that there is")),
@@ -69,9 +69,9 @@ mod tests {
     #[test]
     fn every_frame_survives_the_stream() {
         for frame in [
-            Frame::Hello { pid: 77, challenge: u64::MAX, known: 5 },
+            Frame::Hello { pid: 77, challenge: u64::MAX, from: 5 },
             Frame::Proof { address: 0x7fff_0000_1234 },
-            Frame::Verdict { good: true, threshold: 1 << 20 },
+            Frame::Verdict { good: true },
             Frame::Inline { len: 14 },
             Frame::Offer { number: u32::MAX, len: 1 << 40, pieces: 1024 },
         ] {

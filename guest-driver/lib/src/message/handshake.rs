@@ -1,6 +1,6 @@
-//! How a channel opens: both say which process they are, prove it, and agree from which size on messages go directly.
+//! How a channel opens: both say which process they are, prove it, and agree whether and when messages go directly.
 
-use super::crossover;
+use super::chooser::{self, Chooser};
 use super::frame::Frame;
 use super::{Channel, Direct, Receiver, Refused, Sender};
 use crate::cma::{Direction, Peer};
@@ -9,27 +9,34 @@ use crate::fork::Process;
 use crate::stream::DmbStream;
 use libc::iovec;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 /// Opens one end; the other end does the same.
 pub(super) fn open(stream: DmbStream, wish: Direct) -> Result<Channel, Error> {
     let (sender, receiver) = stream.split();
     let process = Process::current();
-    let threshold = usize::MAX;
-    let mut sender = Sender { stream: sender, peer: None, process, threshold, offers: 0, open: false };
+    let mut sender = Sender {
+        stream: sender,
+        peer: None,
+        process,
+        threshold: usize::MAX,
+        chooser: None,
+        offers: 0,
+        open: false,
+    };
     let mut receiver = Receiver { stream: receiver, peer: None, process, next: None };
 
     // Processes of one host can wake each other by futex; nobody else is looked for.
     let willing = wish != Direct::Never && receiver.stream.local().is_of_a_process();
     let pid = if willing { std::process::id() } else { 0 };
     let challenge = random();
-    let known = match wish {
-        Direct::Measured => crossover::known(),
+    let from = match wish {
+        Direct::Measured => 0,
         Direct::From(bytes) => (bytes as u64).max(1),
         Direct::Never => u64::MAX,
     };
-    say(&mut sender, Frame::Hello { pid, challenge, known })?;
-    let Frame::Hello { pid: their_pid, challenge: asked, known: their_known } = receiver.recv_frame()? else {
+    say(&mut sender, Frame::Hello { pid, challenge, from })?;
+    let Frame::Hello { pid: their_pid, challenge: asked, from: theirs } = receiver.recv_frame()? else {
         return Err(Error::Peer("a channel does not start with a greeting"));
     };
 
@@ -41,8 +48,8 @@ pub(super) fn open(stream: DmbStream, wish: Direct) -> Result<Channel, Error> {
     };
     let found =
         if willing { find(&receiver, their_pid as i32, address, challenge) } else { Err(Refused::Unknown) };
-    say(&mut sender, Frame::Verdict { good: found.is_ok(), threshold: 0 })?;
-    let Frame::Verdict { good, .. } = receiver.recv_frame()? else {
+    say(&mut sender, Frame::Verdict { good: found.is_ok() })?;
+    let Frame::Verdict { good } = receiver.recv_frame()? else {
         return Err(Error::Peer("a channel starts without a verdict"));
     };
     drop(proof);
@@ -52,11 +59,12 @@ pub(super) fn open(stream: DmbStream, wish: Direct) -> Result<Channel, Error> {
             let peer = Arc::new(peer);
             sender.peer = Some(peer.clone());
             receiver.peer = Some(peer);
-            sender.threshold = match (known, their_known) {
-                // Neither knows. Who measures, chance decides.
-                (0, 0) => crossover::measure(&mut sender, &mut receiver, challenge > asked)?,
-                (ours, theirs) => usize::try_from(ours.max(theirs)).unwrap_or(usize::MAX),
-            };
+            if from.max(theirs) == 0 {
+                sender.threshold = chooser::LEAST;
+                sender.chooser = Some(Chooser::new(sender.stream.remote().size(), challenge));
+            } else {
+                sender.threshold = usize::try_from(from.max(theirs)).unwrap_or(usize::MAX);
+            }
             Ok(())
         }
         Ok(_) => Err(Refused::Permission),
@@ -88,25 +96,4 @@ fn random() -> u64 {
     // could not be had at all, the number is the same for all, and one of three safeguards is lost.
     unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
     u64::from_ne_bytes(bytes)
-}
-
-/// Sends what was measured, and hears it.
-pub(super) fn tell_threshold(sender: &mut Sender, threshold: usize) -> Result<(), Error> {
-    say(sender, Frame::Verdict { good: true, threshold: threshold as u64 })
-}
-
-/// The threshold that the other one found.
-pub(super) fn hear_threshold(receiver: &mut Receiver) -> Result<usize, Error> {
-    match receiver.recv_frame()? {
-        Frame::Verdict { threshold, .. } => Ok(usize::try_from(threshold).unwrap_or(usize::MAX)),
-        _ => Err(Error::Peer("a channel starts without an agreed size")),
-    }
-}
-
-/// Known to the process, from its first direct channel on.
-pub(super) static KNOWN: AtomicU64 = AtomicU64::new(0);
-
-/// Remembers what was measured.
-pub(super) fn remember(threshold: usize) {
-    KNOWN.store((threshold as u64).max(1), Ordering::Relaxed);
 }

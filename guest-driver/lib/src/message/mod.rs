@@ -2,9 +2,9 @@
 //!
 //! Small ones go through the DMBs, as a [stream] does: one copy in, one copy out. Large ones, between two
 //! processes that the kernel lets into each other's memory, go directly: **one copy, from the sender's buffer to the
-//! receiver's**, wherever those are, by `process_vm_readv` and `process_vm_writev`, of which both processes do a share. From
-//! which size on that is faster is measured when the first such channel of the process opens. Large buffers are worth huge
-//! pages (`madvise(MADV_HUGEPAGE)`), because the kernel pins page by page.
+//! receiver's**, wherever those are, by `process_vm_readv` and `process_vm_writev`, of which both processes do a share.
+//! Whether that is faster for messages of some size, each sender finds out from now and then sending a few the other way.
+//! Large buffers are worth huge pages (`madvise(MADV_HUGEPAGE)`), because the kernel pins page by page.
 //!
 //! Whether there is a direct way, both sides find out when the channel opens. There is none into another user's process,
 //! another PID namespace, a virtual machine, or where Yama forbids it ([`Channel::direct`] says why); then everything goes
@@ -24,7 +24,7 @@
 //! # }
 //! ```
 
-mod crossover;
+mod chooser;
 mod frame;
 mod handshake;
 mod joint;
@@ -34,13 +34,14 @@ use crate::dmb::{Dmb, RemoteDmb};
 use crate::error::{Error, OutOfBounds};
 use crate::fork::Process;
 use crate::stream::{self, DmbStream};
+use chooser::Chooser;
 use frame::Frame;
 use joint::{End, Joint, Taken};
 use libc::iovec;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use cma::Refused;
 
@@ -52,7 +53,7 @@ const LEAST: usize = 2 * joint::SIZE;
 /// When messages go directly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Direct {
-    /// From the size on from which it is faster, as measured.
+    /// Where it is faster, as the messages themselves show.
     #[default]
     Measured,
     /// From this size on, in bytes.
@@ -76,7 +77,10 @@ pub struct Sender {
     peer: Option<Arc<Peer>>,
     /// Which the peer knows: not a child of it.
     process: Process,
+    /// No smaller message goes directly.
     threshold: usize,
+    /// Whether the others do; all, if there is none.
+    chooser: Option<Chooser>,
     /// The number of the last offer.
     offers: u32,
     /// Whether the last offer may not be done with, because its handle was forgotten.
@@ -164,7 +168,7 @@ impl Channel {
         self.direct.as_ref().copied()
     }
 
-    /// From which size on messages go directly, in bytes; [`usize::MAX`]: never.
+    /// From which size on messages go directly, or may if it is faster, in bytes; [`usize::MAX`]: never.
     pub fn threshold(&self) -> usize {
         self.sender.threshold
     }
@@ -235,7 +239,9 @@ impl Sender {
         let pieces = message.iter().filter(|piece| !piece.is_empty());
         let count = pieces.clone().count();
         let direct = self.peer.is_some() && self.process.is_current();
-        if !direct || len < self.threshold || len == 0 || count > cma::MAX_PIECES {
+        let direct = direct && len >= self.threshold && len != 0 && count <= cma::MAX_PIECES;
+        let chosen = |chooser: &mut Chooser| chooser.next(len, Instant::now);
+        if !direct || !self.chooser.as_mut().is_none_or(chosen) {
             self.send_pieces(message)?;
             return Ok(Posted { sender: self, pieces: message, number: None });
         }

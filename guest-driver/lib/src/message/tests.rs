@@ -44,6 +44,25 @@ fn every_message_arrives_as_a_whole_and_in_order_directly_or_not() {
 }
 
 #[test]
+fn both_ways_are_tried_among_the_messages_and_all_of_them_arrive_in_order() {
+    let (mut a, mut b) = channels(64 << 10, PROCESSES, [Direct::Measured; 2]);
+    assert_eq!(a.threshold(), chooser::LEAST);
+    for len in [40_000, 200_000] {
+        let before = a.sender.offers;
+        thread::scope(|scope| {
+            scope.spawn(|| (0..200).for_each(|seed| a.send(&pattern(len, seed)).unwrap()));
+            let mut buffer = vec![0; len];
+            for seed in 0..200 {
+                assert_eq!(b.recv(&mut buffer).unwrap(), Some(len));
+                assert!(buffer == pattern(len, seed), "{len} {seed}");
+            }
+        });
+        let direct = a.sender.offers - before;
+        assert!((1..200).contains(&direct), "{direct} of 200 went directly");
+    }
+}
+
+#[test]
 fn lists_of_pieces_go_into_other_lists_of_pieces() {
     for wish in [Direct::Never, Direct::From(1)] {
         let (mut a, mut b) = channels(64 << 10, PROCESSES, [wish; 2]);
