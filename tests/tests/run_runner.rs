@@ -7,6 +7,7 @@ use nix::unistd::Pid;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Stdio};
 
 /// A program that says its process id, and for each signal of these that it has come; it ends with SIGTERM.
@@ -85,6 +86,20 @@ fn a_runner_that_is_killed_leaves_nothing_behind() {
     runner.kill().expect("it is there");
     runner.wait().expect("it ends");
     until("the program ends", || matches!(state(program), None | Some('Z')).then_some(()));
+    // Its counters are there until the next one comes.
+    let left = |pid: u32| Path::new(&format!("/dev/shm/dmbridge-run.{pid}.0")).exists();
+    let (other, mut line) = start(Way::Dmbridge(&daemon), PROGRAM);
+    line();
+    assert!(!left(runner.id()));
+    assert!(left(other.id()));
+    let (last, mut line) = start(Way::Dmbridge(&daemon), PROGRAM);
+    line();
+    assert!(left(other.id()) && left(last.id()), "those that are used stay");
+    for mut child in [other, last] {
+        kill(pid(&child.id().to_string()), Signal::SIGTERM).expect("it is there");
+        child.wait().expect("it ends");
+        assert!(!left(child.id()));
+    }
 }
 
 #[test]

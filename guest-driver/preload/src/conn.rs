@@ -4,7 +4,7 @@
 //! stream: the sender decides it, the receiver reads TCP up to there and then the ring. From then on the sender's direction
 //! of the TCP connection carries bytes without a meaning, which wake who sleeps in the kernel on the socket.
 
-use crate::errno::{self, Outcome};
+use crate::errno::{self, Finally, Outcome};
 use crate::header::{DATA, Header, ROOM, SIZE};
 use crate::iov::{Reader, Writer};
 use crate::lock::Lock;
@@ -181,13 +181,9 @@ pub struct Rings {
 impl Conn {
     /// Takes a free one: this process holds it.
     pub fn take(&self) -> bool {
-        let taken = self.state.compare_exchange(
-            State::Free as u8,
-            State::Plain as u8,
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        );
-        if taken.is_err() {
+        // One without rings is free as soon as no thread is inside.
+        let is_left = self.state() == State::Orphan && !self.has_rings() && !self.is_used();
+        if !self.change(if is_left { State::Orphan } else { State::Free }, State::Plain) {
             return false;
         }
         self.life.fetch_add(1, Ordering::Relaxed);
@@ -266,6 +262,21 @@ impl Conn {
 
     pub fn refs(&self) -> u32 {
         self.refs.load(Ordering::Acquire)
+    }
+
+    /// Whether a thread is inside of a call for it, whose descriptor another one has closed.
+    pub fn is_used(&self) -> bool {
+        let inside = |gate: &AtomicU32| gate.load(Ordering::SeqCst) & !CLOSED != 0;
+        inside(&self.rx.gate) || inside(&self.tx.gate) || self.rx.sleepers.load(Ordering::SeqCst) != 0
+    }
+
+    /// The kernel has closed it, so no thread is inside any more, whatever a process that was killed has left.
+    pub fn leave_all(&self) {
+        for gate in [&self.rx.gate, &self.tx.gate] {
+            gate.fetch_and(CLOSED, Ordering::SeqCst);
+        }
+        self.rx.sleepers.store(0, Ordering::SeqCst);
+        self.orphan();
     }
 
     /// Nobody uses it, and its rings are given back.

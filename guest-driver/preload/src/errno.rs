@@ -33,6 +33,16 @@ pub fn give(outcome: Outcome) -> ssize_t {
     }
 }
 
+/// Runs something when dropped: also if the thread is cancelled inside of the kernel.
+pub struct Finally<F: FnMut()>(pub F);
+
+impl<F: FnMut()> Drop for Finally<F> {
+    #[inline]
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 /// Runs something that shall leave `errno` as it was.
 pub fn keep<T>(run: impl FnOnce() -> T) -> T {
     let before = get();

@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Conn};
 use crate::epoll::Until;
-use crate::errno::{Outcome, give, outcome};
+use crate::errno::{Finally, Outcome, give, outcome};
 use crate::iov;
 use crate::table::{self, Entry, Kind};
 use crate::{errno, handover, real, service, tcp};
@@ -15,8 +15,7 @@ use std::time::Instant;
 
 /// A call for a connection that has to prove itself: the kernel's, counted.
 #[inline]
-fn proving(fd: c_int, entry: &Entry, call: impl FnOnce() -> Outcome) -> Outcome {
-    let result = call();
+fn proving(fd: c_int, entry: &Entry, result: Outcome) -> Outcome {
     if let Ok(n) = result {
         let weight = entry.weight.load(Ordering::Relaxed) + table::weight(n);
         entry.weight.store(weight, Ordering::Relaxed);
@@ -53,9 +52,12 @@ fn carry<C: FnOnce() -> Outcome>(fd: c_int, call: C, carried: impl FnOnce(&Conn,
                 entry.inside.fetch_sub(1, Ordering::SeqCst);
                 return carry(fd, call, carried);
             }
+            let inside = Finally(|| {
+                entry.inside.fetch_sub(1, Ordering::SeqCst);
+            });
             let result = call();
-            entry.inside.fetch_sub(1, Ordering::SeqCst);
-            proving(fd, entry, || result)
+            drop(inside);
+            proving(fd, entry, result)
         }
         Kind::Conn => match entry.conn() {
             Some(conn) if !conn.is_over() => {

@@ -282,6 +282,8 @@ pub fn closed(index: u32, conn: &Conn, ends: bool) {
         if !ends {
             send(Task::Closed { index });
         }
+    } else if conn.is_used() {
+        conn.orphan();
     } else {
         conn.free();
     }
@@ -436,7 +438,8 @@ impl Worker {
             [self.queue.bell.as_raw_fd(), events, calls].map(|fd| watch(fd, libc::POLLIN)).into();
         fds.extend(conn::waiting().iter().map(|(_, socket)| watch(*socket, libc::POLLOUT)));
         let returning = !self.leaving.is_empty() || !self.staying.is_empty();
-        let shared = self.held.values().any(|held| held.left);
+        let orphan = |index| arena::conn(index).is_some_and(|conn| conn.state() == State::Orphan);
+        let shared = self.held.iter().any(|(index, held)| held.left || orphan(*index));
         // Without a daemon nobody says that the other end wants to leave.
         let alone = self.device.is_none() && !self.held.is_empty();
         let timeout = match (self.meetings.is_empty(), shared) {
@@ -805,8 +808,10 @@ impl Worker {
         {
             let _ = device.cancel_rendezvous(meeting.key(), tag);
         }
-        self.held.remove(&index);
-        if let Some(conn) = arena::conn(index) {
+        // Who sleeps on it still looks at its rings; it is tried again.
+        let is_over = |conn: &&Conn| conn.state() == State::Orphan && !conn.is_used();
+        if let Some(conn) = arena::conn(index).filter(is_over) {
+            self.held.remove(&index);
             conn.free();
         }
     }
@@ -828,8 +833,12 @@ impl Worker {
     fn reap(&mut self) {
         let orphan = |(i, held): (&u32, &Held)| {
             let closed = arena::conn(*i).is_some_and(|conn| conn.state() == State::Orphan);
-            // A process that was killed said nothing; the kernel knows.
-            (closed || (held.left && held.known && !held.identity.is_open())).then_some(*i)
+            // A process that was killed said nothing, and may have been inside; the kernel knows.
+            let killed = !closed && held.left && held.known && !held.identity.is_open();
+            if killed && let Some(conn) = arena::conn(*i) {
+                conn.leave_all();
+            }
+            (closed || killed).then_some(*i)
         };
         for index in self.held.iter().filter_map(orphan).collect::<Vec<_>>() {
             self.closed(index);

@@ -331,13 +331,14 @@ extern "C" fn end(_: c_int) {
     unsafe { libc::_exit(7) }
 }
 
-fn handle(signal: c_int, handler: extern "C" fn(c_int), every: libc::suseconds_t) {
+/// Handles a signal as `flags` say, and has the timer ring every so many µs; 0: no more.
+fn handle(signal: c_int, handler: extern "C" fn(c_int), flags: c_int, every: libc::suseconds_t) {
     let time = libc::timeval { tv_sec: 0, tv_usec: every };
     // SAFETY: an all-zero sigaction is one; the handlers make system calls only.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler as usize;
-        action.sa_flags = libc::SA_RESTART;
+        action.sa_flags = flags;
         libc::sigaction(signal, &action, null_mut());
         libc::setitimer(
             libc::ITIMER_REAL,
@@ -351,7 +352,7 @@ fn handle(signal: c_int, handler: extern "C" fn(c_int), every: libc::suseconds_t
 fn handlers(mut stream: &TcpStream) -> String {
     const ROUNDS: usize = 20_000;
     SOCKET.store(stream.as_raw_fd(), Ordering::Relaxed);
-    handle(libc::SIGALRM, write_too, 200);
+    handle(libc::SIGALRM, write_too, libc::SA_RESTART, 200);
     let (mut received, mut buffer) = (0, vec![0; 1 << 16]);
     let mut receive = |until: &dyn Fn() -> usize| {
         while received < until() {
@@ -362,7 +363,7 @@ fn handlers(mut stream: &TcpStream) -> String {
         { stream }.write_all(&[7; 100]).expect("sent");
         receive(&|| round * 100);
     }
-    handle(libc::SIGALRM, write_too, 0);
+    handle(libc::SIGALRM, write_too, libc::SA_RESTART, 0);
     receive(&|| ROUNDS * 100 + WRITTEN.load(Ordering::Relaxed));
     let mut ended = 0;
     for round in 0..100 {
@@ -370,7 +371,7 @@ fn handlers(mut stream: &TcpStream) -> String {
         unsafe {
             let pid = libc::fork();
             if pid == 0 {
-                handle(libc::SIGALRM, end, 500 + round * 13);
+                handle(libc::SIGALRM, end, 0, 500 + round * 13);
                 loop {
                     let _ = stream.write(&[7; 5000]);
                     let _ = stream.read(&mut buffer);
@@ -382,6 +383,47 @@ fn handlers(mut stream: &TcpStream) -> String {
         }
     }
     ended.to_string()
+}
+
+extern "C" fn nothing_more(_: c_int) {}
+
+/// A thread reads from a connection that another one closes; by the time that it is interrupted others have come. And one is
+/// cancelled where it reads.
+fn closed_from_elsewhere(port: u16) -> String {
+    extern "C" fn read(fd: *mut c_void) -> *mut c_void {
+        let mut data = [0u8; 10];
+        // SAFETY: a buffer as long as it says.
+        unsafe { libc::recv(fd as usize as c_int, data.as_mut_ptr().cast(), 10, 0) as *mut c_void }
+    }
+    let connect = || {
+        let stream = TcpStream::connect(("127.0.0.1", port)).expect("a connection");
+        // A copy, so that there is more to know of it than that it is one.
+        drop(stream.try_clone().expect("a copy"));
+        stream
+    };
+    handle(libc::SIGUSR1, nothing_more, 0, 0);
+    let mut seen = Vec::new();
+    for cancels in [false, true, false] {
+        let stream = connect();
+        // SAFETY: a thread, which is waited for.
+        unsafe {
+            let mut thread = std::mem::zeroed();
+            libc::pthread_create(&mut thread, null(), read, stream.as_raw_fd() as usize as *mut c_void);
+            sleep(Duration::from_millis(50));
+            drop(stream);
+            let others: Vec<_> = (0..90).map(|_| connect()).collect();
+            if cancels {
+                libc::pthread_cancel(thread);
+            } else {
+                libc::pthread_kill(thread, libc::SIGUSR1);
+            }
+            let mut result = null_mut();
+            libc::pthread_join(thread, &mut result);
+            others.iter().for_each(ping);
+            seen.push(result as isize);
+        }
+    }
+    format!("{seen:?}")
 }
 
 /// It is disconnected, and connected again.
@@ -534,6 +576,7 @@ fn main() {
     println!("pipes: {}", pipes(&connection(port)));
     println!("unread: {}", unread(&connection(port)));
     println!("handlers: {}", handlers(&connection(port)));
+    println!("closed from elsewhere: {}", closed_from_elsewhere(port));
     println!("again: {}", again(&connection(port)));
     println!("copied instance: {}", copied_instance(&connection(port), port));
     println!("raw children: {}", raw_children(&connection(port)));

@@ -8,11 +8,13 @@ mod elf;
 mod stats;
 
 use clap::Parser;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpid, getppid};
 use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -192,16 +194,31 @@ fn find_library(args: &Args) -> Result<PathBuf, String> {
 /// The counters of all processes that the program becomes.
 struct Counters {
     path: PathBuf,
+    /// Locked as long as this process lives.
+    _file: Flock<File>,
 }
+
+/// Where the counters' files are, and how they begin.
+const FOLDER: &str = "/dev/shm";
+const NAME: &str = "dmbridge-run.";
 
 impl Counters {
     fn new() -> Result<Counters, String> {
+        remove_left();
         let mut attempt = 0;
         let (path, file) = loop {
-            let path = PathBuf::from(format!("/dev/shm/dmbridge-run.{}.{attempt}", std::process::id()));
-            match std::fs::OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => break (path, file),
-                // One that was killed has left it, and had the same number.
+            let path = Path::new(FOLDER).join(format!("{NAME}{}.{attempt}", std::process::id()));
+            match OpenOptions::new().write(true).create_new(true).open(&path) {
+                Ok(file) => {
+                    let file = Flock::lock(file, FlockArg::LockExclusive);
+                    let file =
+                        file.map_err(|(_, error)| format!("cannot lock {}: {error}", path.display()))?;
+                    // Another one may have taken it for one that was left, just before.
+                    if path.exists() {
+                        break (path, file);
+                    }
+                }
+                // Of another PID namespace.
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => attempt += 1,
                 Err(error) => return Err(format!("cannot make {}: {error}", path.display())),
             }
@@ -211,7 +228,7 @@ impl Counters {
         // Its processes may become other users.
         let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o666);
         file.set_permissions(everybody).map_err(say)?;
-        Ok(Counters { path })
+        Ok(Counters { path, _file: file })
     }
 
     fn show(&self) {
@@ -224,6 +241,23 @@ impl Counters {
             if value != 0 {
                 eprintln!("dmbridge-run: {value:>12} {text}");
             }
+        }
+    }
+}
+
+/// Removes what those have left that were killed.
+fn remove_left() {
+    for file in std::fs::read_dir(FOLDER).into_iter().flatten().flatten() {
+        let name = file.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(NAME)?.split('.').next());
+        if let Some(pid) = pid
+            && !Path::new(&format!("/proc/{pid}")).exists()
+            // It may be alive in another PID namespace.
+            && let Ok(left) = OpenOptions::new().write(true).open(file.path())
+            && let Ok(_locked) = Flock::lock(left, FlockArg::LockExclusiveNonblock)
+        {
+            // Who may not leaves it to its owner.
+            let _ = std::fs::remove_file(file.path());
         }
     }
 }

@@ -12,9 +12,8 @@ impl Conn {
         real: impl FnOnce() -> Outcome,
     ) -> Outcome {
         if self.enter_rx() {
-            let result = real();
-            self.leave_rx();
-            return result;
+            let _inside = Finally(|| self.leave_rx());
+            return real();
         }
         let to = &mut Writer::new(to()?);
         let nonblocking = flags & MSG_DONTWAIT != 0 || self.nonblocking.load(Ordering::Relaxed);
@@ -442,6 +441,9 @@ impl Conn {
             Err(start) => start,
         };
         let sleepers = self.rx.sleepers.fetch_add(1, Ordering::SeqCst);
+        let asleep = Finally(|| {
+            self.rx.sleepers.fetch_sub(1, Ordering::SeqCst);
+        });
         self.local().arm(DATA, 0);
         let result = if ready() || ended() {
             Ok(None)
@@ -471,7 +473,7 @@ impl Conn {
             Ok(Some((_, byte))) => self.ate_one(fd, byte),
             _ => {}
         }
-        self.rx.sleepers.fetch_sub(1, Ordering::SeqCst);
+        drop(asleep);
         crowd::slept(self.rx_spinner(), start);
         match result {
             Ok(_) => {}

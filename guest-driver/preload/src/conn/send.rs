@@ -54,9 +54,8 @@ impl Conn {
         real: impl FnOnce() -> Outcome,
     ) -> Outcome {
         if self.enter_tx(fd) {
-            let result = real();
-            self.leave_tx(fd);
-            return result;
+            let _inside = Finally(|| self.leave_tx(fd));
+            return real();
         }
         let from = &mut Reader::new(from()?);
         let nonblocking = flags & MSG_DONTWAIT != 0 || self.nonblocking.load(Ordering::Relaxed);
