@@ -256,6 +256,7 @@ impl Control {
                 Work::Commands(id) => self.core.borrow_mut().serve_commands(id),
                 Work::Expire(id) => self.core.borrow_mut().expire(id),
                 Work::Watch(id) => self.core.borrow_mut().watch_pause(id),
+                Work::Locate => self.core.borrow_mut().locate(),
                 Work::Accept(number) => {
                     let mut arrived = Vec::new();
                     self.core.borrow_mut().accept(number, &mut arrived);

@@ -3,6 +3,7 @@
 
 use dmbridge::{Device, Event, Gid, Token};
 use dmbridge_tests::daemon::TestDaemon;
+use dmbridge_tests::deadline::until;
 use dmbridge_tests::namespaces::{Namespace, joined};
 use dmbridge_tests::preload::{Ran, Way, daemon};
 use sha2::{Digest, Sha256};
@@ -98,11 +99,19 @@ fn connections_between_namespaces_stay_tcp_unless_both_name_the_same_network() {
     let daemon = daemon();
     let unnamed = "not in this network namespace, and no network was named";
     for networks in [["", ""], ["cables", ""], ["cables", "others"]] {
-        let ran = ask_across(&daemon, "one", "ask", &joined([SERVER, CLIENT]), networks);
-        for (ran, network) in ran.iter().zip([networks[1], networks[0]]) {
-            assert_eq!(ran.moved(), 0, "{networks:?}: {}", ran.err);
-            assert_eq!(ran.counter(unnamed) > 0, network.is_empty(), "{networks:?}: {}", ran.err);
-        }
+        // A program may be over before it was found out where its connection leads.
+        until("the reason why a connection stayed TCP", || {
+            let ran = ask_across(&daemon, "one", "ask", &joined([SERVER, CLIENT]), networks);
+            ran.iter()
+                .zip([networks[1], networks[0]])
+                .all(|(ran, network)| {
+                    assert_eq!(ran.moved(), 0, "{networks:?}: {}", ran.err);
+                    let counted = ran.counter(unnamed) > 0;
+                    assert!(network.is_empty() || !counted, "{networks:?}: {}", ran.err);
+                    counted || !network.is_empty()
+                })
+                .then_some(())
+        });
     }
 }
 

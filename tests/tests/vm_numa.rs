@@ -270,7 +270,7 @@ fn a_device_is_where_its_memory_is_and_not_where_its_process_happens_to_run() {
 }
 
 #[test]
-fn a_device_that_has_moved_is_seen_to_when_an_extent_is_made() {
+fn a_device_that_moves_is_seen_to_when_an_extent_is_made_and_after_a_while() {
     let setup = setup();
     let mut moved = Driven::inside(&setup.vm, 0, HUB);
     let gid = moved.gid().to_string();
@@ -288,6 +288,8 @@ fn a_device_that_has_moved_is_seen_to_when_an_extent_is_made() {
     nodes.sort_by_key(|extent| extent["id"].as_u64());
     let nodes: Vec<_> = nodes.into_iter().map(|extent| extent["nodes"].clone()).collect();
     assert_eq!(nodes, [json!([0]), json!([1])]);
+    setup.vm.shell(&format!("taskset -p 1 {}", found["peer"]["pid"]));
+    until_equal("the device's node", &json!(0), || device(&mut moved)["node"].clone());
 }
 
 #[test]

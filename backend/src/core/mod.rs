@@ -29,7 +29,7 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Something that a front-end asks for and that cannot be.
@@ -102,6 +102,9 @@ impl Source {
     }
 }
 
+/// How often devices are looked for that may have moved to another NUMA node.
+const LOCATE: Duration = Duration::from_secs(1);
+
 /// Something to do without waiting for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Work {
@@ -115,6 +118,8 @@ pub enum Work {
     Accept(usize),
     /// Whether a device that is paused is still that.
     Watch(SessionId),
+    /// On which NUMA nodes the devices are now.
+    Locate,
 }
 
 /// What the fabric of a daemon is called, for configuration spaces and reports.
@@ -170,7 +175,7 @@ impl Core {
         doorbell: Doorbell,
         inbox: RawFd,
     ) -> io::Result<Core> {
-        let core = Core {
+        let mut core = Core {
             identity,
             fabric,
             sessions: HashMap::new(),
@@ -197,7 +202,16 @@ impl Core {
             to_release: HashSet::new(),
         };
         core.watch(inbox, Source::Inbox)?;
+        if !core.fabric.topology().is_single() {
+            core.locate();
+        }
         Ok(core)
+    }
+
+    /// Looks where devices are that may have moved, now and again.
+    pub fn locate(&mut self) {
+        self.fabric.locate_again();
+        self.timers.insert((Instant::now() + LOCATE, Work::Locate));
     }
 
     /// The session with this number.

@@ -26,6 +26,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
@@ -727,6 +728,22 @@ fn copy(kept: &Kept) -> HashMap<u64, OwnedFd> {
     kept.lock().unwrap().iter().map(|(number, fd)| (*number, fd.try_clone().unwrap())).collect()
 }
 
+/// The descriptors that an entry names.
+fn named(value: &serde_json::Value) -> Vec<u64> {
+    use serde_json::Value;
+    match value {
+        Value::Array(values) => values.iter().flat_map(named).collect(),
+        Value::Object(map) => {
+            let of = |(key, value): (&String, &Value)| match key.as_str() {
+                "fd" | "kick" | "call" => value.as_u64().into_iter().collect(),
+                _ => named(value),
+            };
+            map.iter().flat_map(of).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// The entry with other numbers where `pick` gives some.
 fn distort(value: &serde_json::Value, pick: &mut impl FnMut(u64) -> Option<u64>) -> serde_json::Value {
     use serde_json::Value;
@@ -775,11 +792,18 @@ fn whatever_a_book_says_it_is_taken_over_or_refused() {
     peer.begin_register(owner.gid(), 8192);
     peer.asked();
     assert_eq!(daemon.handle().report().unwrap().devices.len(), 2);
-    let heritage = Arc::new(Mutex::new(copy(&kept)));
-    let open =
-        |kept: &Kept| Book::open(kept.lock().unwrap()[&crate::keep::BOOK].try_clone().unwrap()).unwrap();
+    let book = Book::open(kept.lock().unwrap()[&crate::keep::BOOK].try_clone().unwrap()).unwrap();
     let entries: Vec<(String, Vec<u8>)> =
-        open(&heritage).values().map(|(name, value)| (name.into(), value.into())).collect();
+        book.values().map(|(name, value)| (name.into(), value.into())).collect();
+    // The daemon does not wait until the keeper has taken what it is sent.
+    for fd in entries.iter().flat_map(|(_, value)| named(&serde_json::from_slice(value).unwrap())) {
+        let start = Instant::now();
+        while !kept.lock().unwrap().contains_key(&fd) {
+            assert!(start.elapsed() < Duration::from_secs(30), "the keeper has no descriptor {fd}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    let heritage = Arc::new(Mutex::new(copy(&kept)));
     for kind in ["session", "command", "channel", "device", "slot", "extent", "dmb", "event", "key"] {
         assert!(entries.iter().any(|(name, _)| name.starts_with(kind)), "{kind} is in no entry");
     }
@@ -821,7 +845,8 @@ fn whatever_a_book_says_it_is_taken_over_or_refused() {
         let result = started.and_then(|daemon| {
             let report = daemon.handle().report();
             if round == 0 {
-                assert!(report.unwrap().devices.iter().all(|device| device.started));
+                let Some(report) = report else { panic!("it ended: {:?}", daemon.join()) };
+                assert!(report.devices.iter().all(|device| device.started));
             }
             daemon.handle().stop();
             daemon.join()

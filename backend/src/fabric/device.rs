@@ -13,6 +13,7 @@ use dmbridge_proto::line::LineStats;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A device from start to reset. Never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,19 +81,28 @@ pub struct Device {
     pid: i32,
     /// Where it was when somebody looked last.
     pub whereabouts: Option<Whereabouts>,
+    /// When that was.
+    looked: Instant,
 }
 
 impl Device {
     pub(super) fn new(id: DeviceId, joining: Joining) -> Device {
         let Joining { gid, group, limits, capabilities, port, numa, pid } = joining;
-        Device { id, gid, group, limits, capabilities, port, numa, pid, whereabouts: None }
+        let looked = Instant::now();
+        Device { id, gid, group, limits, capabilities, port, numa, pid, whereabouts: None, looked }
     }
 
     /// Looks where it is now: it may have moved. No lock of its memory may be held.
     pub(super) fn locate(&mut self, topology: &Topology) -> Option<Whereabouts> {
         self.whereabouts = locate(topology, self.numa.node, &self.port.memory.read(), self.pid);
         self.port.set_node(self.whereabouts.map(|at| at.node));
+        self.looked = Instant::now();
         self.whereabouts
+    }
+
+    /// How long ago that was.
+    pub(super) fn since_located(&self) -> Duration {
+        self.looked.elapsed()
     }
 }
 

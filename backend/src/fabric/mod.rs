@@ -29,6 +29,12 @@ use dmbridge_proto::event::{Event, GoneReason};
 use dmbridge_proto::ids::{ExtentId, Gid, Token};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// For so long it is believed that a device is where it was.
+const LOCATED_FOR: Duration = Duration::from_secs(10);
+/// The most devices that are looked at in one go.
+const LOCATED_AT_ONCE: usize = 20;
 
 /// What is to be done outside of the fabric.
 #[derive(Debug)]
@@ -165,6 +171,14 @@ impl Fabric {
         }
         self.devices.insert(id, state);
         id
+    }
+
+    /// Looks where devices are that were looked at long ago: at some of them, because each takes some hundreds of microseconds.
+    pub fn locate_again(&mut self) {
+        let devices = self.devices.iter_mut_untracked().map(|(_, state)| &mut state.device);
+        for device in devices.filter(|device| device.since_located() >= LOCATED_FOR).take(LOCATED_AT_ONCE) {
+            device.locate(&self.topology);
+        }
     }
 
     /// The started device of the group that has this GID.

@@ -7,17 +7,20 @@
 //! it moves the offset back. The offset is the socket's, and outlives the worker as well.
 
 use super::link;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 /// The most bytes that are sent at once: they are one piece in a pipe.
 pub const MAX_SENT: usize = 4096;
 /// How long a front-end may make a worker wait that only wants to put some bytes into a socket's buffer.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// So many times, if there is room in the socket whenever somebody looks.
+const MOST_WAITS: u32 = 50;
 
 /// The way out of what must be sent exactly once.
 #[derive(Debug)]
@@ -87,12 +90,23 @@ impl Outlet {
                     let _ = done.send(());
                     result
                 })?;
-            if ended.recv_timeout(PATIENCE).is_err() {
-                let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+            let mut waits = 0;
+            while ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                waits += 1;
+                // While there is room, it is this host's scheduler that makes us wait.
+                if waits == MOST_WAITS || !has_room(socket) {
+                    let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+                    break;
+                }
             }
             sender.join().map_err(|_| io::Error::other("a thread panicked"))?
         })
     }
+}
+
+fn has_room(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::POLLOUT)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].any() == Some(true)
 }
 
 fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> io::Result<()> {
