@@ -56,6 +56,8 @@ struct Worker {
     ready: Option<Instant>,
     /// The keeper was told to end.
     stopping: bool,
+    /// The keeper was told to replace it, which is done when it serves.
+    outdated: bool,
 }
 
 /// Keeps until a worker ends well or a signal says to end.
@@ -129,7 +131,7 @@ impl Keeper {
                 io::Error::new(error.kind(), format!("{}: {error}", self.program.path.display()))
             })?;
         drop(theirs);
-        let worker = Worker { child, socket: ours, ready: None, stopping: false };
+        let worker = Worker { child, socket: ours, ready: None, stopping: false, outdated: false };
         // A worker that ends meanwhile is seen by its end.
         let _ = self.hand_over(worker.socket.as_raw_fd());
         Ok(worker)
@@ -183,14 +185,16 @@ impl Keeper {
                         worker.stopping = true;
                         let _ = kill(pid, signal);
                     }
-                    Ok(Signal::SIGHUP) if worker.ready.is_some() => {
-                        tracing::info!("the worker is replaced");
-                        let _ = kill(pid, Signal::SIGKILL);
-                    }
+                    Ok(Signal::SIGHUP) => worker.outdated = true,
                     _ => {}
                 }
             }
             open = open && self.hear(worker)?;
+            if worker.outdated && worker.ready.is_some() {
+                worker.outdated = false;
+                tracing::info!("the worker is replaced");
+                let _ = kill(Pid::from_raw(worker.child.id() as i32), Signal::SIGKILL);
+            }
         }
     }
 
