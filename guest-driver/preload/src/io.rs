@@ -7,8 +7,8 @@ use crate::iov;
 use crate::table::{self, Entry, Kind};
 use crate::{errno, handover, real, service, tcp};
 use libc::{
-    EINVAL, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_OOB, c_int, c_void, iovec, loff_t, mmsghdr, msghdr, off_t,
-    size_t, sockaddr, socklen_t, ssize_t, timespec,
+    EINVAL, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_OOB, RWF_NOWAIT, c_int, c_void, iovec, loff_t, mmsghdr, msghdr,
+    off_t, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -157,9 +157,6 @@ unsafe fn receive_list(
     receive(fd, flags, list, call)
 }
 
-/// What `preadv2` and `pwritev2` can ask of a socket.
-const NOWAIT: c_int = 8;
-
 #[unsafe(no_mangle)]
 unsafe extern "C-unwind" fn preadv2(
     fd: c_int,
@@ -170,10 +167,11 @@ unsafe extern "C-unwind" fn preadv2(
 ) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::preadv2(fd, to, count, offset, flags) });
-    if offset != -1 || flags & !NOWAIT != 0 {
+    // Only this can be asked of a socket.
+    if offset != -1 || flags & !RWF_NOWAIT != 0 {
         return give(call());
     }
-    let flags = if flags & NOWAIT != 0 { MSG_DONTWAIT } else { 0 };
+    let flags = if flags & RWF_NOWAIT != 0 { MSG_DONTWAIT } else { 0 };
     // SAFETY: as above.
     give(unsafe { receive_list(fd, to, count, flags, call) })
 }
@@ -200,12 +198,12 @@ unsafe extern "C-unwind" fn pwritev2(
 ) -> ssize_t {
     // SAFETY: the program's call.
     let call = || outcome(unsafe { real::pwritev2(fd, from, count, offset, flags) });
-    if offset != -1 || flags & !NOWAIT != 0 {
+    if offset != -1 || flags & !RWF_NOWAIT != 0 {
         return give(call());
     }
     // SAFETY: as above.
     let list = || unsafe { iov::list(from, usize::try_from(count).map_err(|_| EINVAL)?) }.ok_or(EINVAL);
-    give(transmit(fd, if flags & NOWAIT != 0 { MSG_DONTWAIT } else { 0 }, list, call))
+    give(transmit(fd, if flags & RWF_NOWAIT != 0 { MSG_DONTWAIT } else { 0 }, list, call))
 }
 
 #[unsafe(no_mangle)]
